@@ -1,0 +1,293 @@
+"""Checkpoints: published whole or not at all, found again after a crash, linked as `last` and `best`.
+
+A checkpoint is written into a hidden staging directory, sealed with a manifest of its files, and renamed into place.
+Whatever has a name without a dot is therefore complete. On-save hooks run on the published directory, never on a
+live trainer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from transformers import AutoTokenizer, Dots1ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from dots_align import __version__
+from dots_align.config import ModelSection, recipe_dict
+from dots_align.data import synthetic
+from dots_align.data.chat import stop_token_ids
+from dots_align.data.tokenizer import train_tokenizer
+from dots_align.model.dots1 import create_model, load_base_model, preset_config
+from dots_align.model.lora import ADAPTER_CONFIG, adapter_base, merge_adapter
+from dots_align.runtime import MetricsLog, is_main_process, logger, now, preserved_rng, recipe_hash, write_json
+
+MANIFEST = "manifest.json"
+PREFIX = "checkpoint-"
+# A hook gets the published directory and the recipe; the mapping it returns is logged as metrics of that step.
+Hook = Callable[[Path, Any], dict[str, float] | None]
+
+
+@contextmanager
+def staged(final: Path, manifest: dict[str, Any]) -> Iterator[Path]:
+    """Yields an empty staging directory; on success seals it with `manifest` and renames it to `final`.
+
+    An exception, or the process dying, leaves no `final`; leftovers of earlier deaths are removed here.
+    """
+    staging = final.with_name(f".{final.name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        seal(staging, manifest)
+        publish(staging, final)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def seal(directory: Path, manifest: dict[str, Any]) -> None:
+    """Writes the manifest: what made this checkpoint, and the size and SHA-256 of every file in it."""
+    files = {
+        str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    write_json(
+        directory / MANIFEST,
+        {"format": 1, **manifest, "version": __version__, "created": now(), "files": files},
+    )
+
+
+def publish(staging: Path, final: Path) -> None:
+    """Renames a sealed directory into place, durably: its files are on disk before its name is."""
+    for path in staging.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    if final.exists():
+        shutil.rmtree(final)
+    staging.rename(final)
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def manifest_for(recipe: Any, step: int, data_hash: str) -> dict[str, Any]:
+    return {
+        "stage": recipe.stage,
+        "step": step,
+        "recipe": recipe_dict(recipe),
+        "recipe_hash": recipe_hash(recipe),
+        "data_hash": data_hash,
+    }
+
+
+def check_whole(directory: str | Path) -> None:
+    """Raises ValueError if a checkpoint directory is missing files; sizes are compared, contents are not read."""
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise ValueError(f"{directory}: no such checkpoint directory")
+    if not (directory / "config.json").is_file() and not (directory / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"{directory}: not a checkpoint directory: it has neither config.json nor {ADAPTER_CONFIG}")
+    for name, size, listed_in in _expected_files(directory):
+        path = directory / name
+        if not path.is_file():
+            raise ValueError(f"{directory}: {name} is missing, which {listed_in} names; copy the checkpoint again")
+        if size is not None and path.stat().st_size != size:
+            raise ValueError(
+                f"{directory}: {name} has {path.stat().st_size} bytes, {listed_in} says {size}; copy it again"
+            )
+
+
+def _expected_files(directory: Path) -> Iterator[tuple[str, int | None, str]]:
+    manifest, index = directory / MANIFEST, directory / "model.safetensors.index.json"
+    if manifest.is_file():
+        for name, entry in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
+            yield name, entry["bytes"], MANIFEST
+    if index.is_file():
+        for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+            yield name, None, index.name
+    elif not manifest.is_file() and not (directory / ADAPTER_CONFIG).is_file():
+        yield "model.safetensors", None, "every unsharded checkpoint"
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """Published checkpoints of a run, oldest first."""
+    found = [p for p in run_dir.glob(f"{PREFIX}*") if p.is_dir() and p.name.removeprefix(PREFIX).isdigit()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))
+
+
+def newest_whole(run_dir: Path) -> Path | None:
+    """The newest checkpoint that passes `check_whole`; damaged ones are skipped, and said so."""
+    for checkpoint in reversed(checkpoints(run_dir)):
+        try:
+            check_whole(checkpoint)
+        except ValueError as error:
+            logger.warning("skipping a damaged checkpoint: %s", error)
+            continue
+        return checkpoint
+    return None
+
+
+@dataclass
+class Publisher:
+    """What a stage does each time it saves: publish, run the hooks, link `last` and `best`, drop the oldest."""
+
+    run_dir: Path
+    recipe: Any
+    data_hash: str
+    hooks: list[tuple[str, Hook]]
+
+    def final_path(self, step: int) -> Path:
+        return self.run_dir / f"{PREFIX}{step}"
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        return manifest_for(self.recipe, step, self.data_hash)
+
+    def after_publish(self, checkpoint: Path) -> dict[str, float]:
+        """Runs the hooks on a published checkpoint and returns their metrics. A failing hook is reported and costs
+        nothing.
+        """
+        metrics: dict[str, float] = {}
+        link(self.run_dir, "last", checkpoint)
+        for name, hook in self.hooks:
+            try:
+                with preserved_rng():
+                    metrics.update(hook(checkpoint, self.recipe) or {})
+            except Exception as error:  # noqa: BLE001 - a hook is the user's code; the checkpoint and the run go on
+                logger.error("on_save hook %s failed on %s: %s: %s", name, checkpoint, type(error).__name__, error)
+        if (best := best_checkpoint(self.run_dir)) is not None:
+            link(self.run_dir, "best", best)
+        self._drop_old()
+        return metrics
+
+    def finish_hooks(self, checkpoint: Path, log: MetricsLog) -> None:
+        """Runs the hooks of a checkpoint whose process died between publishing it and evaluating it."""
+        if (
+            "evaluate" in dict(self.hooks)
+            and not evaluation_of(checkpoint)
+            and (metrics := self.after_publish(checkpoint))
+        ):
+            log.log(step_of(checkpoint), metrics)
+
+    def _drop_old(self) -> None:
+        limit = self.recipe.save.save_total_limit
+        if limit is None:
+            return
+        best = best_checkpoint(self.run_dir)
+        for checkpoint in checkpoints(self.run_dir)[:-limit]:
+            if checkpoint != best:
+                shutil.rmtree(checkpoint)
+
+
+def evaluation_of(checkpoint: Path) -> dict[str, float]:
+    """The metrics in a checkpoint's eval.json; empty if it was never evaluated."""
+    path = checkpoint / "eval.json"
+    return json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.is_file() else {}
+
+
+def best_checkpoint(run_dir: Path) -> Path | None:
+    """The checkpoint with the highest exact match (the newest of equals), or None if none was evaluated."""
+    scored = [(evaluation_of(c).get("exact_match"), step_of(c), c) for c in checkpoints(run_dir)]
+    scored = [s for s in scored if s[0] is not None]
+    return max(scored)[2] if scored else None
+
+
+def link(run_dir: Path, name: str, target: Path) -> None:
+    """Points the symbolic link `run_dir/name` at a checkpoint, atomically."""
+    if not is_main_process():
+        return
+    temporary = run_dir / f".{name}.tmp"
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(target.name)
+    os.replace(temporary, run_dir / name)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Writes weights (safetensors, the hub's per-expert names; an adapter only its own), config and tokenizer."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def load_model(model: ModelSection) -> tuple[Dots1ForCausalLM, PreTrainedTokenizerBase]:
+    """Loads a checkpoint directory, full or adapter (merged into its base), with its tokenizer.
+
+    Raises:
+        ValueError: no such directory, a missing or damaged shard, or not a dots1 checkpoint.
+    """
+    if model.path is None:
+        raise ValueError("model.path is not set; give a checkpoint directory, or model.preset=tiny for fresh weights")
+    directory = Path(model.path)
+    check_whole(directory)
+    _check_architecture(directory)
+    base = adapter_base(directory) or directory
+    if base != directory:
+        check_whole(base)
+    try:
+        loaded = load_base_model(base, model.dtype, model.attn_implementation, model.experts_implementation)
+        if base != directory:
+            loaded = merge_adapter(loaded, directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{directory}: cannot be loaded: {error}") from None
+    return loaded, tokenizer
+
+
+def _check_architecture(directory: Path) -> None:
+    config = directory / "config.json"
+    if not config.is_file():
+        return
+    found = json.loads(config.read_text(encoding="utf-8")).get("architectures") or ["none"]
+    if "Dots1ForCausalLM" not in found:
+        raise ValueError(f"{directory}: this is a {found[0]} checkpoint; dots_align trains Dots1ForCausalLM")
+
+
+def ensure_start(recipe: Any, run_dir: Path) -> ModelSection:
+    """The checkpoint a stage starts from. Fresh weights are made once and kept as `run_dir/init`, so a resume finds
+    the same.
+    """
+    if recipe.model.preset is None:
+        return recipe.model
+    init = run_dir / "init"
+    if not (init / MANIFEST).is_file():
+        context = preset_config(recipe.model.preset).max_position_embeddings
+        size = preset_config(recipe.model.preset).vocab_size
+        tokenizer = train_tokenizer(synthetic.corpus(), size, context)
+        config = preset_config(
+            recipe.model.preset, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        )
+        model = create_model(config, recipe.seed, stop_token_ids(tokenizer))
+        with staged(init, {"stage": "init", "step": 0, "recipe": recipe_dict(recipe), "data_hash": ""}) as staging:
+            save_model(model, tokenizer, staging)
+    return recipe.model.model_copy(update={"path": str(init), "preset": None})
+
+
+def tensor_names(directory: Path) -> list[str]:
+    """Names of all tensors in a directory's safetensors files."""
+    names: list[str] = []
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as shard:
+            names += shard.keys()
+    return sorted(names)

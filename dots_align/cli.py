@@ -1,0 +1,124 @@
+"""The command line: one sub-command per stage or tool. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from dots_align import __version__
+from dots_align.config import load_recipe
+
+STAGES = {
+    "sft": "supervised fine-tuning on conversations",
+    "dpo": "direct preference optimisation",
+    "grpo": "reinforcement learning from verifiable rewards",
+    "pipeline": "stages in order, then export and report",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parses, runs, and turns what people can mend into one line on stderr and exit status 1."""
+    options = _parser().parse_args(arguments)
+    # transformers and datasets look for newer files on the hub unless told not to; downloads happen only when asked
+    # for.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        options.run(options)
+    except ValueError as error:
+        if os.environ.get("DOTS_ALIGN_TRACEBACK"):
+            raise
+        sys.exit(f"dots-align {options.command}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dots-align", description="Post-training and RL for dots.llm1-class mixture-of-experts models."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, summary: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        added.set_defaults(run=run)
+        return added
+
+    for name, summary in {**STAGES, "eval": "evaluate one checkpoint"}.items():
+        stage = command(name, summary, _eval if name == "eval" else _stage)
+        stage.add_argument("recipe", type=Path, help="YAML file; the ones that come with the project are in recipes/")
+        stage.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.learning_rate=1e-5")
+    export = command("export", "write a deployable chat checkpoint, verified by loading it", _export)
+    export.add_argument("checkpoint", type=Path)
+    export.add_argument("--to", choices=["hf"], default="hf", help="hf: a directory for transformers and what reads it")
+    export.add_argument("--output", type=Path, help="default: <checkpoint>-export")
+    export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    chat = command("chat", "talk to a checkpoint in the terminal", _chat)
+    chat.add_argument("checkpoint", type=Path)
+    chat.add_argument("--system", help="system prompt; the template's own if not given")
+    chat.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
+    chat.add_argument("--max-tokens", type=int, default=256)
+    chat.add_argument("--seed", type=int, default=0)
+    report = command("report", "write one self-contained HTML page about a run", _report)
+    report.add_argument("run_dir", type=Path)
+    report.add_argument("--output", type=Path, help="default: <run_dir>/report.html")
+    return parser
+
+
+def _stage(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides, options.command)
+    from dots_align.runtime import setup_logging
+
+    setup_logging()
+    importlib.import_module(f"dots_align.stages.{recipe.stage}").run(recipe)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    recipe = load_recipe(options.recipe, options.overrides, "eval")
+    from dots_align.runtime import setup_logging
+
+    setup_logging()
+    from dots_align.evals.on_save import evaluate_directory
+
+    if recipe.model.path is None:
+        raise ValueError("model.path is not set; give the checkpoint directory to evaluate")
+    checkpoint = Path(recipe.model.path)
+    output = Path(recipe.output) if recipe.output else checkpoint / "eval.json"
+    evaluate_directory(checkpoint, recipe.model, recipe.evaluation, recipe.seed, output)
+    print(output)
+
+
+def _export(options: argparse.Namespace) -> None:
+    from dots_align.runtime import setup_logging
+
+    setup_logging()
+    from dots_align.export.hf import export
+
+    checkpoint = options.checkpoint.resolve()
+    print(export(checkpoint, options.output or checkpoint.with_name(f"{checkpoint.name}-export"), options.overwrite))
+
+
+def _chat(options: argparse.Namespace) -> None:
+    from dots_align.runtime import setup_logging
+
+    setup_logging()
+    from dots_align.terminal_chat import chat
+
+    chat(
+        options.checkpoint,
+        system=options.system,
+        temperature=options.temperature,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+    )
+
+
+def _report(options: argparse.Namespace) -> None:
+    from dots_align.report.page import write_report
+
+    print(write_report(options.run_dir, options.output))

@@ -1,0 +1,81 @@
+"""The dots chat layout: rendering conversations to tokens, and the mask of the assistant's own tokens.
+
+Layout (no newlines, no BOS):
+`<|system|>S<|endofsystem|><|userprompt|>U<|endofuserprompt|><|response|>A<|endofresponse|>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from dots_align.types import Message
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_RESPONSE = "<|endofresponse|>"
+SPECIAL_TOKENS = (
+    END_OF_TEXT,
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|userprompt|>",
+    "<|endofuserprompt|>",
+    "<|response|>",
+    END_OF_RESPONSE,
+    "<|system|>",
+    "<|endofsystem|>",
+)
+DEFAULT_SYSTEM = "You are a helpful assistant."
+
+# `{% generation %}` marks what the assistant itself says, the stop token included: transformers builds the loss mask
+# from it.
+CHAT_TEMPLATE = (
+    "{%- if messages and messages[0]['role'] == 'system' -%}"
+    "{{- '<|system|>' + messages[0]['content'] + '<|endofsystem|>' -}}{%- set turns = messages[1:] -%}"
+    "{%- else -%}"
+    "{{- '<|system|>" + DEFAULT_SYSTEM + "<|endofsystem|>' -}}{%- set turns = messages -%}"
+    "{%- endif -%}"
+    "{%- for message in turns -%}"
+    "{%- if message['role'] == 'user' -%}"
+    "{{- '<|userprompt|>' + message['content'] + '<|endofuserprompt|>' -}}"
+    "{%- elif message['role'] == 'assistant' -%}"
+    "{{- '<|response|>' -}}{% generation %}{{- message['content'] + '<|endofresponse|>' -}}{% endgeneration %}"
+    "{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|response|>' -}}{%- endif -%}"
+)
+
+
+@dataclass(frozen=True)
+class EncodedConversation:
+    """Invariant: `len(input_ids) == len(labels)`; `labels` is the token itself where the assistant speaks, else
+    -100.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
+    return [{"role": m.role, "content": m.content} for m in messages]
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a conversation up to and including `<|response|>`: what the model is asked to continue."""
+    encoded = tokenizer.apply_chat_template(as_dicts(messages), add_generation_prompt=True, return_dict=True)
+    return list(encoded["input_ids"])
+
+
+def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> EncodedConversation:
+    """Token ids and labels of a conversation; only the assistant's tokens and their stop token carry a label."""
+    encoded = tokenizer.apply_chat_template(as_dicts(messages), return_assistant_tokens_mask=True, return_dict=True)
+    input_ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
+    labels = [token if own else -100 for token, own in zip(input_ids, mask, strict=True)]
+    return EncodedConversation(input_ids, labels)
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The ids that end a turn: the tokenizer's EOS and, where it has one, `<|endoftext|>`."""
+    ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TEXT)}
+    return tuple(sorted(i for i in ids if i is not None and i != tokenizer.unk_token_id))

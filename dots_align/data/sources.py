@@ -1,0 +1,212 @@
+"""From a path in a recipe to validated records. Every complaint names the file, the line, and what to do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dots_align.config import DataSection
+from dots_align.data import synthetic
+from dots_align.types import ROLES, Conversation, Message, PreferencePair, Prompt
+
+DEFAULT_SYNTHETIC_SAMPLES = 2000
+Record = TypeVar("Record", Conversation, PreferencePair, Prompt)
+
+
+def load_conversations(data: DataSection, seed: int) -> list[Conversation]:
+    """SFT records: `messages_field`, or `prompt_field` and `response_field`."""
+    if data.path.startswith("synthetic:"):
+        count, seed = _synthetic(data, "sft", seed)
+        return _with_system(synthetic.sft_conversations(count, seed), data)
+    return _read(data, lambda row, source: _conversation(row, source, data))
+
+
+def load_preference_pairs(data: DataSection, seed: int) -> list[PreferencePair]:
+    """DPO records: a prompt with `chosen_field` and `rejected_field`."""
+    if data.path.startswith("synthetic:"):
+        count, seed = _synthetic(data, "preference", seed)
+        return _with_system(synthetic.preference_pairs(count, seed), data)
+    return _read(data, lambda row, source: _preference_pair(row, source, data))
+
+
+def load_prompts(data: DataSection, seed: int) -> list[Prompt]:
+    """RL and evaluation records: a prompt and, where the row has it, the reference answer."""
+    if data.path.startswith("synthetic:"):
+        heldout = data.path == "synthetic:heldout"
+        count, seed = _synthetic(data, "heldout" if heldout else "prompts", seed)
+        return _with_system(synthetic.prompts(count, seed, heldout), data)
+    return _read(data, lambda row, source: _prompt(row, source, data))
+
+
+def data_hash(records: list[Any]) -> str:
+    """SHA-256 over the content of the records, in order: what a checkpoint's manifest names as its data."""
+    digest = hashlib.sha256()
+    for record in records:
+        digest.update(repr(record).encode())
+    return digest.hexdigest()
+
+
+def _synthetic(data: DataSection, kind: str, seed: int) -> tuple[int, int]:
+    found = data.path.removeprefix("synthetic:")
+    if found != kind:
+        wanted = "synthetic:prompts or synthetic:heldout" if kind == "prompts" else f"synthetic:{kind}"
+        raise ValueError(f"data.path={data.path}: this stage takes {wanted}, or a JSONL or Parquet file")
+    return data.max_samples or DEFAULT_SYNTHETIC_SAMPLES, seed if data.seed is None else data.seed
+
+
+def _with_system(records: list[Record], data: DataSection) -> list[Record]:
+    if data.system_prompt is None:
+        return records
+    system = [Message("system", data.system_prompt)]
+    changed: list[Record] = []
+    for record in records:
+        if isinstance(record, PreferencePair):
+            changed.append(PreferencePair(system + record.prompt, record.chosen, record.rejected, record.source))
+        elif isinstance(record, Prompt):
+            changed.append(Prompt(system + record.messages, record.answer, record.source))
+        else:
+            changed.append(Conversation(system + record.messages, record.source))
+    return changed
+
+
+def _read(data: DataSection, parse: Callable[[dict[str, Any], str], Record]) -> list[Record]:
+    path = Path(data.path)
+    if not path.is_file():
+        raise ValueError(f"data.path={path}: no such file; give a JSONL or Parquet file, or synthetic:…")
+    rows = _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+    records = []
+    for source, row in rows:
+        records.append(parse(row, source))
+        if data.max_samples is not None and len(records) == data.max_samples:
+            break
+    if not records:
+        raise ValueError(f"{path}: the data set is empty; it needs at least one record")
+    return records
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            source = f"{path}:{number}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{source}: broken JSON at column {error.colno} ({error.msg}); fix or remove this line"
+                ) from None
+            if not isinstance(row, dict):
+                raise ValueError(f"{source}: expected a JSON object, found {type(row).__name__}")
+            yield source, row
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{path}: not a readable Parquet file ({error})") from None
+    number = 0
+    for batch in table.iter_batches():
+        for row in batch.to_pylist():
+            number += 1
+            yield f"{path}:row {number}", row
+
+
+def _text(row: dict[str, Any], field: str, source: str, key: str) -> str:
+    if field not in row:
+        have = ", ".join(map(repr, row)) or "nothing"
+        raise ValueError(f"{source}: no field {field!r} (the record has {have}); set data.{key} to the right name")
+    value = row[field]
+    if not isinstance(value, str):
+        raise ValueError(f"{source}: field {field!r} must be text, found {type(value).__name__}")
+    if not value.strip():
+        raise ValueError(f"{source}: field {field!r} is empty; fill it in or remove this record")
+    return value
+
+
+def _messages(value: Any, field: str, source: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"{source}: field {field!r} must be a non-empty list of messages")
+    messages = []
+    for index, item in enumerate(value):
+        where = f"{source}: {field}[{index}]"
+        if not isinstance(item, dict):
+            raise ValueError(f"{where} must be an object with `role` and `content`, found {type(item).__name__}")
+        role, content = item.get("role"), item.get("content")
+        if role is None:
+            raise ValueError(f"{where} has no `role`; give one of {', '.join(ROLES)}")
+        if role not in ROLES:
+            raise ValueError(f"{where} has the unknown role {role!r}; give one of {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            raise ValueError(f"{where} has no text in `content`")
+        if role == "system" and index > 0:
+            raise ValueError(f"{where}: a system message may only come first")
+        messages.append(Message(role, content))
+    return messages
+
+
+def _prompt_messages(row: dict[str, Any], source: str, data: DataSection) -> list[Message]:
+    """The prompt of a record: a conversation that ends with the user's turn, or a text field."""
+    if data.messages_field in row:
+        messages = _messages(row[data.messages_field], data.messages_field, source)
+        if messages[-1].role == "assistant":
+            messages = messages[:-1]
+    elif isinstance(row.get(data.prompt_field), list):
+        messages = _messages(row[data.prompt_field], data.prompt_field, source)
+    else:
+        messages = [Message("user", _text(row, data.prompt_field, source, "prompt_field"))]
+    if not messages or messages[-1].role != "user":
+        raise ValueError(f"{source}: a prompt must end with a user message")
+    if data.system_prompt is not None and messages[0].role != "system":
+        messages = [Message("system", data.system_prompt), *messages]
+    return messages
+
+
+def _answer_text(row: dict[str, Any], field: str, source: str, key: str) -> str:
+    """A chosen or rejected answer: text, or (as in TRL's conversational sets) a list ending with the assistant's
+    message.
+    """
+    if isinstance(row.get(field), list):
+        message = _messages(row[field], field, source)[-1]
+        if message.role != "assistant":
+            raise ValueError(f"{source}: {field!r} must end with an assistant message")
+        return message.content
+    return _text(row, field, source, key)
+
+
+def _conversation(row: dict[str, Any], source: str, data: DataSection) -> Conversation:
+    if data.messages_field in row:
+        messages = _messages(row[data.messages_field], data.messages_field, source)
+        if data.system_prompt is not None and messages[0].role != "system":
+            messages = [Message("system", data.system_prompt), *messages]
+    else:
+        answer = Message("assistant", _text(row, data.response_field, source, "response_field"))
+        messages = [*_prompt_messages(row, source, data), answer]
+    if not any(m.role == "assistant" for m in messages):
+        raise ValueError(f"{source}: no assistant message, so there is nothing to learn; add one or remove this record")
+    return Conversation(messages, source)
+
+
+def _preference_pair(row: dict[str, Any], source: str, data: DataSection) -> PreferencePair:
+    chosen = _answer_text(row, data.chosen_field, source, "chosen_field")
+    rejected = _answer_text(row, data.rejected_field, source, "rejected_field")
+    if chosen == rejected:
+        raise ValueError(f"{source}: chosen and rejected are the same text; remove this record")
+    return PreferencePair(_prompt_messages(row, source, data), chosen, rejected, source)
+
+
+def _prompt(row: dict[str, Any], source: str, data: DataSection) -> Prompt:
+    answer = row.get(data.answer_field)
+    if answer is None:
+        have = ", ".join(map(repr, row))
+        raise ValueError(
+            f"{source}: no field {data.answer_field!r} (the record has {have}); set data.answer_field to the right name"
+        )
+    return Prompt(_prompt_messages(row, source, data), str(answer), source)

@@ -1,0 +1,87 @@
+"""Greedy evaluation on held-out prompts: exact match, stop rate, mean length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dots_align.config import EvaluationSection
+from dots_align.data.chat import stop_token_ids
+from dots_align.data.encoding import encode_prompts
+from dots_align.data.sources import data_hash, load_prompts
+from dots_align.rollout.engine import RolloutEngine
+from dots_align.runtime import progress
+from dots_align.scoring import RewardSum
+from dots_align.types import GenerationRequest, Prompt, Response, Sample, SamplingParams
+
+
+def evaluate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluation: EvaluationSection, seed: int
+) -> dict[str, Any]:
+    """Answers the prompts greedily and scores them.
+
+    Returns:
+        the content of `eval.json`: `metrics` (`exact_match`: share of prompts the scorer gave at least 1;
+        `stop_rate`: share that ended their turn; `mean_length`: response tokens), what was asked, and the first
+        samples.
+    """
+    data = evaluation.data
+    if data.path.startswith("synthetic:"):
+        data = data.model_copy(update={"max_samples": data.max_samples or evaluation.num_prompts})
+    prompts = load_prompts(data, seed)[: evaluation.num_prompts]
+    responses = _answer(model, tokenizer, evaluation, prompts)
+    scorer = RewardSum([(evaluation.scorer, 1.0)])
+    scores = [scorer(response)[0] for response in responses]
+    count = len(prompts)
+    return {
+        "metrics": {
+            "exact_match": sum(score >= 1 for score in scores) / count,
+            "stop_rate": sum(r.finish_reason == "stop" for r in responses) / count,
+            "mean_length": sum(len(r.response_ids) for r in responses) / count,
+        },
+        "num_prompts": count,
+        "num_scorer_errors": scorer.num_errors,
+        "data": evaluation.data.path,
+        "data_hash": data_hash(prompts),
+        "scorer": evaluation.scorer,
+        "samples": [
+            _shown(response, score)
+            for response, score in zip(responses[: evaluation.num_samples_shown], scores, strict=False)
+        ],
+    }
+
+
+def _answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluation: EvaluationSection, prompts: list[Prompt]
+) -> list[Response]:
+    encoded = encode_prompts(
+        tokenizer,
+        [(p.messages, p.source) for p in prompts],
+        model.config.max_position_embeddings,
+        evaluation.max_tokens,
+    )
+    sampling = SamplingParams(
+        temperature=0.0, max_tokens=evaluation.max_tokens, stop_token_ids=stop_token_ids(tokenizer)
+    )
+    with progress(len(prompts), "evaluate", "answers") as bar:
+        samples = RolloutEngine(model).generate(
+            [GenerationRequest(ids, 1, sampling) for ids in encoded], on_finished=bar.update
+        )
+    return [to_response(tokenizer, prompt, group[0]) for prompt, group in zip(prompts, samples, strict=True)]
+
+
+def to_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sample: Sample) -> Response:
+    """What a reward function gets to see of a sample."""
+    text = tokenizer.decode(sample.response_ids, skip_special_tokens=True)
+    return Response(prompt, text, sample.response_ids, sample.finish_reason)
+
+
+def _shown(response: Response, score: float) -> dict[str, Any]:
+    return {
+        "prompt": response.prompt.messages[-1].content,
+        "response": response.text,
+        "answer": response.prompt.answer,
+        "score": score,
+        "finish_reason": response.finish_reason,
+    }

@@ -1,0 +1,1 @@
+"""Deployable chat checkpoints, verified by loading them."""

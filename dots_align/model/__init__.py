@@ -1,0 +1,1 @@
+"""The dots1 model: presets, router statistics, adapters, log-probabilities."""

@@ -1,0 +1,1 @@
+"""Pure maths of the RL objective, over verl's registered estimators and losses."""

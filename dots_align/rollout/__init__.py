@@ -1,0 +1,1 @@
+"""The rollout engine: continuous batching on the trainer's own weights."""

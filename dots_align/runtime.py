@@ -1,0 +1,231 @@
+"""What every stage stands on: the device, seeds, quiet libraries, progress bars, the run directory and its metrics."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import random
+import shutil
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from dots_align import __version__
+from dots_align.config import Section, recipe_dict, recipe_differences
+
+logger = logging.getLogger("dots_align")
+
+
+def setup_logging() -> None:
+    """One line a message on stderr for us; libraries speak up only when something is wrong."""
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("accelerate", "datasets", "deepspeed", "DeepSpeed", "trl"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|trl|peft|accelerate")
+
+
+def device() -> torch.device:
+    """The accelerator if there is one, else the CPU; `DOTS_ALIGN_DEVICE` overrides."""
+    if name := os.environ.get("DOTS_ALIGN_DEVICE"):
+        return torch.device(name)
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+def world_size() -> int:
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def is_main_process() -> bool:
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+@contextmanager
+def preserved_rng() -> Iterator[None]:
+    """Leaves every global random generator as it was: what happens inside cannot change a training run."""
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def progress(total: int, description: str, unit: str = "it", initial: int = 0) -> tqdm:
+    """A progress bar on stderr, shown by the main process once two seconds have passed."""
+    return tqdm(
+        total=total,
+        desc=description,
+        unit=unit,
+        initial=initial,
+        delay=2,
+        dynamic_ncols=True,
+        disable=not is_main_process(),
+    )
+
+
+def now() -> str:
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def recipe_hash(recipe: Section) -> str:
+    """Identifies what a run computes: every key but `overwrite`, which only says what to do with an old run."""
+    values = recipe_dict(recipe)
+    values.pop("overwrite", None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def open_run_directory(recipe: Any) -> Path:
+    """Makes `recipe.output_dir` this run's: fresh, or the same recipe's own earlier attempt, which will be resumed.
+
+    Raises:
+        ValueError: the directory belongs to another recipe, or holds something that is no run, and `overwrite` is off.
+    """
+    directory = Path(recipe.output_dir)
+    record = directory / "run.json"
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"output_dir={directory}: this is a file; choose another output_dir")
+    if directory.is_dir() and any(directory.iterdir()):
+        if recipe.overwrite and record.is_file():
+            shutil.rmtree(directory)
+        elif problem := _foreign(directory, record, recipe):
+            remedy = ", or give overwrite=true to delete what is there" if record.is_file() else ""
+            raise ValueError(f"output_dir={directory}: {problem}; choose another output_dir{remedy}")
+    if not record.is_file():
+        directory.mkdir(parents=True, exist_ok=True)
+        write_json(
+            record,
+            {
+                "stage": recipe.stage,
+                "recipe": recipe_dict(recipe),
+                "recipe_hash": recipe_hash(recipe),
+                "created": now(),
+                "version": __version__,
+            },
+        )
+    return directory
+
+
+def _foreign(directory: Path, record: Path, recipe: Any) -> str | None:
+    """Why the directory is not this recipe's own earlier attempt, or None if it is."""
+    if not record.is_file():
+        return "the directory is not empty and holds no run"
+    try:
+        found = json.loads(record.read_text(encoding="utf-8"))
+        if found["recipe_hash"] == recipe_hash(recipe):
+            return None
+        old, new = dict(found["recipe"]), recipe_dict(recipe)
+    except (ValueError, KeyError, TypeError):
+        return "run.json there is not readable"
+    old.pop("overwrite", None)
+    new.pop("overwrite", None)
+    changes = recipe_differences(old, new)
+    shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more keys" if len(changes) > 3 else "")
+    return f"it holds another run ({shown})"
+
+
+class MetricsLog:
+    """Appends to `metrics.jsonl`, `router.jsonl` and `samples.jsonl`, and to TensorBoard if asked.
+
+    Args:
+        directory: the run directory.
+        resume_step: lines of later steps are dropped, for they will be written again.
+        report_to: trackers beside the files; `tensorboard` is the one there is.
+    """
+
+    def __init__(self, directory: Path, resume_step: int = 0, report_to: tuple[str, ...] = ()) -> None:
+        self.directory, self._started = directory, time.monotonic()
+        self._last: dict[str, float] = {}
+        for name in ("metrics", "router", "samples"):
+            _drop_after(directory / f"{name}.jsonl", resume_step)
+        self._board = None
+        if "tensorboard" in report_to and is_main_process():
+            self._board = _summary_writer(directory / "tensorboard", resume_step)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        if not is_main_process():
+            return
+        self._last.update(values)
+        self._append("metrics", {"step": step, "time": round(time.monotonic() - self._started, 3), **values})
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+
+    def log_router(self, step: int, layers: list[int], load: list[list[float]]) -> None:
+        rounded = [[round(share, 6) for share in row] for row in load]
+        self._append("router", {"step": step, "layers": layers, "load": rounded})
+
+    def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
+        for sample in samples:
+            self._append("samples", {"step": step, **sample})
+
+    def _append(self, name: str, value: dict[str, Any]) -> None:
+        if is_main_process():
+            with (self.directory / f"{name}.jsonl").open("a", encoding="utf-8") as out:
+                out.write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def _summary_writer(directory: Path, resume_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError:
+        raise ValueError(
+            "logging.report_to names tensorboard, which is not installed; pip install 'dots-align[tensorboard]'"
+        ) from None
+    return SummaryWriter(str(directory), purge_step=resume_step + 1)
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keeps only whole lines of steps up to `step`; a run that was killed may have left later ones, or half a line."""
+    if not path.is_file() or not is_main_process():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            continue
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    os.replace(temporary, path)

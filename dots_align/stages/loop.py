@@ -1,0 +1,284 @@
+"""The RL loop: prompts -> rollout -> score -> advantage -> update. It reads like the paper; the parts live
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dots_align.checkpoint import Publisher, save_model, staged
+from dots_align.config import GrpoRecipe
+from dots_align.data.chat import stop_token_ids
+from dots_align.data.encoding import encode_prompts
+from dots_align.evals.suite import to_response
+from dots_align.model.router import LoadMonitor, RecordedRoutes, find_flips, load_metrics
+from dots_align.model.training import ResponseScores, TrainingEngine
+from dots_align.objectives.advantages import compute_advantages, zero_variance_groups
+from dots_align.objectives.agreement import Agreement
+from dots_align.objectives.policy import PolicyObjective
+from dots_align.rollout.engine import RolloutEngine
+from dots_align.runtime import MetricsLog, progress
+from dots_align.scoring import RewardSum
+from dots_align.types import GenerationRequest, Prompt, SamplingParams, Trajectory
+
+NUM_SAMPLES_LOGGED = 8
+
+
+class PromptSampler:
+    """Prompts in an order that depends on the seed and the position alone, so a resumed run goes on where it
+    stopped.
+    """
+
+    def __init__(self, num_prompts: int, per_step: int, seed: int) -> None:
+        self.num_prompts, self.per_step, self.seed = num_prompts, per_step, seed
+
+    def draw(self, step: int) -> list[tuple[int, int]]:
+        """(global position, prompt index) of the prompts of a step, counted from 0; every epoch sees each prompt
+        once.
+        """
+        positions = range(step * self.per_step, (step + 1) * self.per_step)
+        return [(p, self._order(p // self.num_prompts)[p % self.num_prompts]) for p in positions]
+
+    @functools.cache  # noqa: B019 - one sampler lives as long as its run
+    def _order(self, epoch: int) -> list[int]:
+        order = list(range(self.num_prompts))
+        random.Random(f"prompts-{self.seed}-{epoch}").shuffle(order)
+        return order
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """What one step sampled: trajectories in the order of prompts, and what the logs say about them."""
+
+    trajectories: list[Trajectory]
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+
+
+class RlLoop:
+    """One policy, its training engine and its rollout engine on the same weights, and the prompts it learns from.
+
+    Args:
+        reference: the frozen reference policy; needed only where the KL coefficient is not zero.
+    """
+
+    def __init__(
+        self,
+        recipe: GrpoRecipe,
+        policy: PreTrainedModel,
+        reference: PreTrainedModel | None,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: list[Prompt],
+    ) -> None:
+        train, rollout = recipe.train, recipe.rollout
+        self.recipe, self.policy, self.reference = recipe, policy, reference
+        self.tokenizer, self.prompts = tokenizer, prompts
+        self.prompt_ids = encode_prompts(
+            tokenizer,
+            [(p.messages, p.source) for p in prompts],
+            policy.config.max_position_embeddings,
+            rollout.max_tokens,
+        )
+        self.sampler = PromptSampler(len(prompts), train.num_prompts_per_step, recipe.seed)
+        self.rollout_engine = RolloutEngine(policy, rollout.max_num_sequences)
+        self.updates_per_step = train.num_minibatches * train.num_epochs
+        self.training_engine = TrainingEngine(
+            policy, recipe.optim, train.max_steps * self.updates_per_step, train.micro_batch_tokens, rollout.temperature
+        )
+        self.rewards = RewardSum([(r.function, r.weight) for r in recipe.rewards])
+        self.monitor = LoadMonitor(policy)
+        self.step = 0
+
+    def resume(self, checkpoint: Path) -> None:
+        """Goes on from a checkpoint whose weights the policy was loaded from."""
+        self.step = self.training_engine.load(checkpoint)
+
+    def train(self, publisher: Publisher, log: MetricsLog) -> Path:
+        """Runs the remaining steps, logs each, publishes as the recipe says; returns the last checkpoint."""
+        max_steps, save_steps = self.recipe.train.max_steps, self.recipe.save.save_steps
+        with progress(max_steps, self.recipe.stage, "step", initial=self.step) as bar:
+            while self.step < max_steps:
+                metrics = self.train_step(log)
+                bar.set_postfix({name: f"{metrics[f'grpo/{name}']:.3g}" for name in ("reward", "response_length")})
+                bar.update()
+                if self.step == max_steps or (save_steps and self.step % save_steps == 0):
+                    self.publish(publisher, log)
+        return publisher.final_path(self.step)
+
+    def train_step(self, log: MetricsLog) -> dict[str, float]:
+        """prompts -> rollout -> score -> advantage -> update, once."""
+        started = time.monotonic()
+        rollouts = self.rollout()
+        sampled = time.monotonic()
+        update = self.update(rollouts.trajectories)
+        self.step += 1
+        metrics = {f"grpo/{name}": value for name, value in {**rollouts.metrics, **update}.items()}
+        metrics["grpo/rollout_seconds"] = sampled - started
+        metrics["grpo/update_seconds"] = time.monotonic() - sampled
+        if (load := self.monitor.take()) is not None:
+            log.log_router(self.step, self.monitor.layers, load)
+            metrics |= {f"grpo/router_{name}": value for name, value in load_metrics(load).items()}
+        log.log(self.step, metrics)
+        log.log_samples(self.step, rollouts.samples)
+        return metrics
+
+    def publish(self, publisher: Publisher, log: MetricsLog) -> None:
+        """Publishes the policy with everything needed to go on, and runs the hooks."""
+        final = publisher.final_path(self.step)
+        with staged(final, publisher.manifest(self.step)) as staging:
+            save_model(self.policy, self.tokenizer, staging)
+            self.training_engine.save(staging, self.step)
+        if metrics := publisher.after_publish(final):
+            log.log(self.step, metrics)
+
+    def rollout(self) -> Rollouts:
+        """Samples a group of responses to each prompt of the step, and scores them."""
+        keys, errors_before = self.recipe.rollout, self.rewards.num_errors
+        drawn = self.sampler.draw(self.step)
+        groups = self.rollout_engine.generate(
+            [self._request(position, index) for position, index in drawn], return_routes=True
+        )
+        trajectories, shown, parts, stopped = [], [], [], 0
+        for group, ((_, index), samples) in enumerate(zip(drawn, groups, strict=True)):
+            for sample in samples:
+                response = to_response(self.tokenizer, self.prompts[index], sample)
+                reward, values = self.rewards(response)
+                trajectories.append(
+                    Trajectory(
+                        self.prompt_ids[index],
+                        sample.response_ids,
+                        sample.rollout_logprobs,
+                        group,
+                        reward,
+                        sample.routes,
+                    )
+                )
+                parts.append(values)
+                stopped += response.finish_reason == "stop"
+                shown.append(
+                    {
+                        "prompt": response.prompt.messages[-1].content,
+                        "response": response.text,
+                        "answer": response.prompt.answer,
+                        "reward": reward,
+                        "rewards": values,
+                        "finish_reason": response.finish_reason,
+                    }
+                )
+        count = len(trajectories)
+        metrics = {
+            "reward": sum(t.reward for t in trajectories) / count,
+            **{f"reward_{name}": sum(p[name] for p in parts) / count for name in parts[0]},
+            "reward_errors": float(self.rewards.num_errors - errors_before),
+            "response_length": sum(len(t.response_ids) for t in trajectories) / count,
+            "stop_rate": stopped / count,
+        }
+        # One sample of several prompts says more than several of one.
+        return Rollouts(trajectories, metrics, shown[:: keys.group_size][:NUM_SAMPLES_LOGGED])
+
+    def _request(self, position: int, index: int) -> GenerationRequest:
+        keys = self.recipe.rollout
+        sampling = SamplingParams(
+            temperature=keys.temperature,
+            top_p=keys.top_p,
+            top_k=keys.top_k,
+            max_tokens=keys.max_tokens,
+            stop_token_ids=stop_token_ids(self.tokenizer),
+            seed=(self.recipe.seed << 40) + position,
+        )
+        return GenerationRequest(self.prompt_ids[index], keys.group_size, sampling)
+
+    def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
+        """Advantages over the whole rollout, then `num_epochs` passes of `num_minibatches` optimizer steps."""
+        engine, train = self.training_engine, self.recipe.train
+        advantages = self._advantages(trajectories)
+        everyone = range(len(trajectories))
+        # With a single update the policy that trains still is the one that sampled: its own log-probs serve as the
+        # old ones.
+        old = engine.infer_batch(trajectories, everyone) if self.updates_per_step > 1 else {}
+        ref = engine.infer_batch(trajectories, everyone, self.reference) if self.reference is not None else {}
+        groups = [t.group for t in trajectories]
+        silent = zero_variance_groups(torch.tensor([t.reward for t in trajectories]), groups)
+        agreement = Agreement()
+        observer = functools.partial(_observe, agreement, trajectories)
+        steps = []
+        for epoch in range(train.num_epochs):
+            for number, members in enumerate(split_groups(groups, train.num_minibatches)):
+                tokens = sum(len(trajectories[i].response_ids) for i in members)
+                objective = PolicyObjective(self.recipe.algorithm, tokens, len(members))
+                loss = functools.partial(_loss, objective, advantages, old, ref)
+                # Without variance there is no gradient, unless the KL term gives one; the denominators still count
+                # such groups.
+                learning = [i for i in members if ref or groups[i] not in silent]
+                first = epoch == 0 and number == 0
+                steps.append(engine.train_batch(trajectories, learning, loss, observer if first else None))
+        return {
+            **{name: sum(s.get(name, 0.0) for s in steps) / len(steps) for name in steps[0]},
+            **{f"agreement_{name}": value for name, value in agreement.metrics().items()},
+            "learning_rate": engine.learning_rate,
+            "zero_variance_groups": float(len(silent)),
+        }
+
+    def _advantages(self, trajectories: list[Trajectory]) -> torch.Tensor:
+        """[B, T] over the whole rollout, T its longest response."""
+        lengths = torch.tensor([len(t.response_ids) for t in trajectories])
+        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        rewards = torch.tensor([t.reward for t in trajectories])
+        return compute_advantages(rewards, mask.float(), [t.group for t in trajectories], self.recipe.algorithm)
+
+
+def split_groups(groups: list[int], count: int) -> list[list[int]]:
+    """Indices of the trajectories of each of `count` minibatches: whole groups, in order, as even as they come."""
+    distinct = list(dict.fromkeys(groups))
+    batch_of = {group: number * count // len(distinct) for number, group in enumerate(distinct)}
+    batches: list[list[int]] = [[] for _ in range(count)]
+    for index, group in enumerate(groups):
+        batches[batch_of[group]].append(index)
+    return [batch for batch in batches if batch]
+
+
+def _padded(rows: dict[int, torch.Tensor], scores: ResponseScores) -> torch.Tensor:
+    """[T_i] tensors of the members of a micro-batch as [b, T], zero where there is no token."""
+    width = scores.mask.shape[1]
+    return torch.stack([torch.nn.functional.pad(rows[i], (0, width - len(rows[i]))) for i in scores.members])
+
+
+def _loss(
+    objective: PolicyObjective,
+    advantages: torch.Tensor,
+    old: dict[int, torch.Tensor],
+    ref: dict[int, torch.Tensor],
+    scores: ResponseScores,
+) -> tuple[torch.Tensor, dict[str, float]]:
+    width = scores.mask.shape[1]
+    return objective(
+        scores.logprobs,
+        _padded(old, scores) if old else scores.logprobs.detach(),
+        advantages[scores.members, :width].to(scores.mask.device),
+        scores.mask,
+        _padded(ref, scores) if ref else None,
+    )
+
+
+def _observe(
+    agreement: Agreement, trajectories: list[Trajectory], scores: ResponseScores, recorded: RecordedRoutes
+) -> None:
+    """Compares the trainer's log-probs and routes with the rollout's, sequence by sequence."""
+    (routes,), (gaps,) = recorded.routes, recorded.gaps
+    for row, index in enumerate(scores.members):
+        trajectory = trajectories[index]
+        assert trajectory.routes is not None
+        span = slice(scores.boundaries[row], scores.boundaries[row + 1])
+        flips = find_flips(routes[span], gaps[span], trajectory.routes)
+        size = len(trajectory.response_ids)
+        theirs = torch.tensor(trajectory.rollout_logprobs, device=scores.logprobs.device)
+        differences = (scores.logprobs[row, :size].detach() - theirs).abs()
+        agreement.add(differences, flips.affected[len(trajectory.prompt_ids) - 1 :], flips.num_roots, flips.root_gap)

@@ -1,0 +1,113 @@
+"""The records that travel between rooms: frozen dataclasses of plain lists, never tensors or trainers.
+
+Every record that came from a file keeps `source` (`path:line`), so that whoever finds it wanting can say where it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+ROLES = ("system", "user", "assistant")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation; `role` is one of `ROLES`."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """An SFT example. Invariant: at least one message is the assistant's."""
+
+    messages: list[Message]
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A DPO example: one prompt (its last message is the user's) and two answers, the better one first."""
+
+    prompt: list[Message]
+    chosen: str
+    rejected: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An RL or evaluation prompt (its last message is the user's) with the reference answer a verifier needs."""
+
+    messages: list[Message]
+    answer: str | None = None
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Response:
+    """What a reward function sees: the prompt it answers, the decoded text, and how it ended.
+
+    `response_ids` are the sampled tokens including the stop token, if there is one; `text` has no special tokens.
+    `finish_reason` is `stop` (the model ended its turn) or `length` (it ran into `max_tokens`).
+    """
+
+    prompt: Prompt
+    text: str
+    response_ids: list[int] = field(default_factory=list)
+    finish_reason: str = "stop"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample, in vLLM's names. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch the filters off."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    max_tokens: int = 128
+    stop_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """`num_samples` continuations of one prompt; the prompt is prefilled once for all of them."""
+
+    prompt_ids: list[int]
+    num_samples: int = 1
+    sampling: SamplingParams = SamplingParams()
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sampled continuation.
+
+    Invariant: `len(response_ids) == len(rollout_logprobs) == len(logprobs)`. `rollout_logprobs` are natural
+    logarithms under the distribution that was sampled from (temperature and filters applied), `logprobs` under the
+    model's own (temperature 1). `routes` (only if asked for) are the expert ids that each input token chose, uint8
+    in the order [token][MoE layer][k]; the tokens are the prompt's and the response's but for the last, which was
+    never fed.
+    """
+
+    response_ids: list[int]
+    rollout_logprobs: list[float]
+    logprobs: list[float]
+    finish_reason: str
+    routes: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """A sample with its prompt and score, as the update step of RL consumes it.
+
+    Invariant: `len(response_ids) == len(rollout_logprobs)`; trajectories of one `group` answer the same prompt.
+    """
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    rollout_logprobs: list[float]
+    group: int
+    reward: float
+    routes: bytes | None = None
