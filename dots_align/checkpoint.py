@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, Dots1ForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dots_align import __version__
 from dots_align.config import ModelSection, recipe_dict
@@ -231,8 +232,10 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     tokenizer.save_pretrained(directory)
 
 
-def load_model(model: ModelSection) -> tuple[Dots1ForCausalLM, PreTrainedTokenizerBase]:
-    """Loads a checkpoint directory, full or adapter (merged into its base), with its tokenizer.
+def load_model(
+    model: ModelSection, onto: torch.device | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Loads a checkpoint directory, full or adapter (merged into its base), `onto` a device, with its tokenizer.
 
     Raises:
         ValueError: no such directory, a missing or damaged shard, or not a dots1 checkpoint.
@@ -252,6 +255,8 @@ def load_model(model: ModelSection) -> tuple[Dots1ForCausalLM, PreTrainedTokeniz
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{directory}: cannot be loaded: {error}") from None
+    if onto is not None:
+        loaded = loaded.to(onto)  # pyright: ignore[reportArgumentType] - transformers wraps `to` in an untyped decorator
     return loaded, tokenizer
 
 

@@ -48,31 +48,33 @@ class DataSection(Section):
     rejected_field: str = "rejected"
     answer_field: str = "answer"
     system_prompt: str | None = None
-    max_samples: int | None = Field(None, ge=1)
-    seed: int | None = Field(None, description="of the synthetic generator; the recipe's seed if not given")
+    max_samples: int | None = Field(default=None, ge=1)
+    seed: int | None = Field(default=None, description="of the synthetic generator; the recipe's seed if not given")
 
 
 class OptimSection(Section):
     """AdamW and its schedule."""
 
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: float = Field(default=1e-5, gt=0)
     lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = "cosine"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    adam_beta1: float = Field(0.9, ge=0, lt=1)
-    adam_beta2: float = Field(0.95, ge=0, lt=1)
-    adam_epsilon: float = Field(1e-8, gt=0)
-    max_grad_norm: float = Field(1.0, gt=0)
+    warmup_steps: int = Field(default=0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    adam_beta2: float = Field(default=0.95, ge=0, lt=1)
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
 
 
 class TrainSection(Section):
     """How long and in what batches SFT and DPO train. `max_steps`, where given, wins over `num_train_epochs`."""
 
-    num_train_epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(None, ge=1)
-    per_device_train_batch_size: int = Field(8, ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    max_length: int = Field(1024, ge=8, description="tokens of a training sequence; longer ones are cut at the end")
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1)
+    per_device_train_batch_size: int = Field(default=8, ge=1)
+    gradient_accumulation_steps: int = Field(default=1, ge=1)
+    max_length: int = Field(
+        default=1024, ge=8, description="tokens of a training sequence; longer ones are cut at the end"
+    )
     packing: bool = True
     bf16: bool = False
     gradient_checkpointing: bool = False
@@ -81,21 +83,21 @@ class TrainSection(Section):
 class LoraSection(Section):
     """A LoRA adapter (PEFT). `target_modules` are suffixes of module names."""
 
-    r: int = Field(16, ge=1)
-    lora_alpha: int = Field(32, ge=1)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    r: int = Field(default=16, ge=1)
+    lora_alpha: int = Field(default=32, ge=1)
+    lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 class SaveSection(Section):
     """When checkpoints are published, and how many are kept (`best` and the newest always are)."""
 
-    save_steps: int | None = Field(None, ge=1, description="also at the end; null: only at the end")
-    save_total_limit: int | None = Field(None, ge=1)
+    save_steps: int | None = Field(default=None, ge=1, description="also at the end; null: only at the end")
+    save_total_limit: int | None = Field(default=None, ge=1)
 
 
 class LoggingSection(Section):
-    logging_steps: int = Field(1, ge=1)
+    logging_steps: int = Field(default=1, ge=1)
     report_to: tuple[Literal["tensorboard"], ...] = ()
 
 
@@ -104,9 +106,9 @@ class EvaluationSection(Section):
 
     data: DataSection
     scorer: str = "reward_models.math:boxed_answer"
-    num_prompts: int = Field(200, ge=1)
-    max_tokens: int = Field(128, ge=1)
-    num_samples_shown: int = Field(20, ge=0)
+    num_prompts: int = Field(default=200, ge=1)
+    max_tokens: int = Field(default=128, ge=1)
+    num_samples_shown: int = Field(default=20, ge=0)
 
 
 class RewardSection(Section):
@@ -119,12 +121,12 @@ class RewardSection(Section):
 class RolloutSection(Section):
     """How the policy is sampled."""
 
-    group_size: int = Field(8, ge=2)
-    temperature: float = Field(1.0, gt=0)
-    top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int = Field(0, ge=0)
-    max_tokens: int = Field(128, ge=1)
-    max_num_sequences: int = Field(256, ge=1)
+    group_size: int = Field(default=8, ge=2)
+    temperature: float = Field(default=1.0, gt=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    max_tokens: int = Field(default=128, ge=1)
+    max_num_sequences: int = Field(default=256, ge=1)
 
 
 AdvantageEstimator = Literal[
@@ -142,20 +144,22 @@ class AlgorithmSection(Section):
     advantage_estimator: AdvantageEstimator = "grpo"
     norm_adv_by_std: bool = True
     policy_loss: PolicyLoss = "vanilla"
-    clip_ratio_low: float = Field(0.2, gt=0)
-    clip_ratio_high: float = Field(0.2, gt=0)
+    clip_ratio_low: float = Field(default=0.2, gt=0)
+    clip_ratio_high: float = Field(default=0.2, gt=0)
     loss_agg_mode: LossAggregation = "token-mean"
-    kl_coef: float = Field(0.0, ge=0, description="weight of the KL term in the loss; 0 needs no reference model")
+    kl_coef: float = Field(
+        default=0.0, ge=0, description="weight of the KL term in the loss; 0 needs no reference model"
+    )
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
 
 
 class RlTrainSection(Section):
     """How long and in what batches the RL loop trains."""
 
-    max_steps: int = Field(100, ge=1)
-    num_prompts_per_step: int = Field(32, ge=1)
-    num_minibatches: int = Field(1, ge=1, description="optimizer updates per rollout")
-    num_epochs: int = Field(1, ge=1, description="passes over each rollout")
+    max_steps: int = Field(default=100, ge=1)
+    num_prompts_per_step: int = Field(default=32, ge=1)
+    num_minibatches: int = Field(default=1, ge=1, description="optimizer updates per rollout")
+    num_epochs: int = Field(default=1, ge=1, description="passes over each rollout")
     micro_batch_tokens: int = Field(
         8192, ge=1, description="padded tokens of one forward; a memory limit, never a number"
     )
@@ -163,8 +167,8 @@ class RlTrainSection(Section):
 
 class _Recipe(Section):
     output_dir: str
-    seed: int = Field(0, ge=0)
-    overwrite: bool = Field(False, description="delete what another run left in output_dir")
+    seed: int = Field(default=0, ge=0)
+    overwrite: bool = Field(default=False, description="delete what another run left in output_dir")
 
 
 class _StageRecipe(_Recipe):
@@ -173,7 +177,9 @@ class _StageRecipe(_Recipe):
     optim: OptimSection = OptimSection()
     save: SaveSection = SaveSection()
     logging: LoggingSection = LoggingSection()
-    on_save: tuple[str, ...] = Field((), description="`evaluate`, or `module:function` taking (checkpoint_dir, recipe)")
+    on_save: tuple[str, ...] = Field(
+        default=(), description="`evaluate`, or `module:function` taking (checkpoint_dir, recipe)"
+    )
     evaluation: EvaluationSection | None = None
 
     @model_validator(mode="after")
@@ -201,7 +207,7 @@ class DpoRecipe(_StageRecipe):
     stage: Literal["dpo"]
     train: TrainSection = TrainSection()
     lora: LoraSection | None = None
-    beta: float = Field(0.1, gt=0)
+    beta: float = Field(default=0.1, gt=0)
     loss_type: tuple[str, ...] = ("sigmoid",)
     loss_weights: tuple[float, ...] | None = None
 
@@ -223,7 +229,7 @@ class EvalRecipe(Section):
     seed: int = 0
     model: ModelSection
     evaluation: EvaluationSection
-    output: str | None = Field(None, description="file for the result; <checkpoint>/eval.json if not given")
+    output: str | None = Field(default=None, description="file for the result; <checkpoint>/eval.json if not given")
 
 
 class PipelineStage(Section):
@@ -239,7 +245,7 @@ class PipelineRecipe(_Recipe):
     stage: Literal["pipeline"]
     stages: tuple[PipelineStage, ...] = Field(min_length=1)
     start_from: Literal["last", "best"] = Field(
-        "last", description="which checkpoint of a stage the next one starts from"
+        default="last", description="which checkpoint of a stage the next one starts from"
     )
     export: bool = True
 

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Dots1ForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from dots_align.checkpoint import load_model
+from dots_align.checkpoint import check_whole, load_model
 from dots_align.config import ModelSection
 from dots_align.data.chat import encode_prompt, stop_token_ids
 from dots_align.model.lora import adapter_base
-from dots_align.runtime import device, seed_everything, setup_logging
+from dots_align.runtime import device, seed_everything
 from dots_align.types import Message
 
 HELP = "/reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer."
@@ -43,19 +43,18 @@ def chat(directory: Path, *, system: str | None, temperature: float, max_tokens:
         ValueError: the directory is no whole checkpoint, or an argument is out of range.
         SystemExit: status 130, where Ctrl-C ends a piped conversation.
     """
-    setup_logging()
     if temperature < 0:
         raise ValueError(f"temperature={temperature:g} must not be negative; 0 is greedy")
     path = Path(directory)
-    model, tokenizer = load_model(ModelSection(path=str(path), dtype=_dtype(path)))
+    check_whole(path)
+    model, tokenizer = load_model(ModelSection(path=str(path), dtype=_dtype(path)), device())
     context = model.config.max_position_embeddings
     if not 1 <= max_tokens < context:
         raise ValueError(
             f"max_tokens={max_tokens} must be at least 1 and leave room in the context of {context} tokens"
         )
     seed_everything(seed)
-    torch.nn.Module.to(model, device()).eval()
-    talk = Conversation(model, tokenizer, system, temperature, max_tokens)
+    talk = Conversation(model.eval(), tokenizer, system, temperature, max_tokens)
     if sys.stdin.isatty() and sys.stdout.isatty():
         _in_terminal(talk, path)
     else:
@@ -73,7 +72,7 @@ class Conversation:
 
     def __init__(
         self,
-        model: Dots1ForCausalLM,
+        model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         system: str | None,
         temperature: float,
@@ -181,9 +180,9 @@ def _in_terminal(talk: Conversation, directory: Path) -> None:
         except (EOFError, KeyboardInterrupt):
             print()
             return
-        if message.strip() == "/exit":
-            return
         try:
+            if message.strip() == "/exit":
+                return
             _turn(talk, message, write)
         except KeyboardInterrupt:
             print(" [stopped]", end="")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -63,13 +64,15 @@ def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
     """Token ids of a conversation up to and including `<|response|>`: what the model is asked to continue."""
-    encoded = tokenizer.apply_chat_template(as_dicts(messages), add_generation_prompt=True, return_dict=True)
+    encoded: Any = tokenizer.apply_chat_template(as_dicts(messages), add_generation_prompt=True, return_dict=True)
     return list(encoded["input_ids"])
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> EncodedConversation:
     """Token ids and labels of a conversation; only the assistant's tokens and their stop token carry a label."""
-    encoded = tokenizer.apply_chat_template(as_dicts(messages), return_assistant_tokens_mask=True, return_dict=True)
+    encoded: Any = tokenizer.apply_chat_template(
+        as_dicts(messages), return_assistant_tokens_mask=True, return_dict=True
+    )
     input_ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     labels = [token if own else -100 for token, own in zip(input_ids, mask, strict=True)]
     return EncodedConversation(input_ids, labels)
@@ -77,5 +80,5 @@ def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[M
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The ids that end a turn: the tokenizer's EOS and, where it has one, `<|endoftext|>`."""
-    ids = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TEXT)}
-    return tuple(sorted(i for i in ids if i is not None and i != tokenizer.unk_token_id))
+    ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
+    return tuple(sorted({i for i in ids if isinstance(i, int) and i != tokenizer.unk_token_id}))

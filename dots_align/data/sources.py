@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +21,7 @@ def load_conversations(data: DataSection, seed: int) -> list[Conversation]:
     """SFT records: `messages_field`, or `prompt_field` and `response_field`."""
     if data.path.startswith("synthetic:"):
         count, seed = _synthetic(data, "sft", seed)
-        return _with_system(synthetic.sft_conversations(count, seed), data)
+        return [replace(r, messages=_with_system(r.messages, data)) for r in synthetic.sft_conversations(count, seed)]
     return _read(data, lambda row, source: _conversation(row, source, data))
 
 
@@ -28,7 +29,7 @@ def load_preference_pairs(data: DataSection, seed: int) -> list[PreferencePair]:
     """DPO records: a prompt with `chosen_field` and `rejected_field`."""
     if data.path.startswith("synthetic:"):
         count, seed = _synthetic(data, "preference", seed)
-        return _with_system(synthetic.preference_pairs(count, seed), data)
+        return [replace(r, prompt=_with_system(r.prompt, data)) for r in synthetic.preference_pairs(count, seed)]
     return _read(data, lambda row, source: _preference_pair(row, source, data))
 
 
@@ -37,7 +38,7 @@ def load_prompts(data: DataSection, seed: int) -> list[Prompt]:
     if data.path.startswith("synthetic:"):
         heldout = data.path == "synthetic:heldout"
         count, seed = _synthetic(data, "heldout" if heldout else "prompts", seed)
-        return _with_system(synthetic.prompts(count, seed, heldout), data)
+        return [replace(r, messages=_with_system(r.messages, data)) for r in synthetic.prompts(count, seed, heldout)]
     return _read(data, lambda row, source: _prompt(row, source, data))
 
 
@@ -57,19 +58,11 @@ def _synthetic(data: DataSection, kind: str, seed: int) -> tuple[int, int]:
     return data.max_samples or DEFAULT_SYNTHETIC_SAMPLES, seed if data.seed is None else data.seed
 
 
-def _with_system(records: list[Record], data: DataSection) -> list[Record]:
-    if data.system_prompt is None:
-        return records
-    system = [Message("system", data.system_prompt)]
-    changed: list[Record] = []
-    for record in records:
-        if isinstance(record, PreferencePair):
-            changed.append(PreferencePair(system + record.prompt, record.chosen, record.rejected, record.source))
-        elif isinstance(record, Prompt):
-            changed.append(Prompt(system + record.messages, record.answer, record.source))
-        else:
-            changed.append(Conversation(system + record.messages, record.source))
-    return changed
+def _with_system(messages: list[Message], data: DataSection) -> list[Message]:
+    """The messages with the recipe's system prompt in front, unless they bring their own."""
+    if data.system_prompt is None or messages[0].role == "system":
+        return messages
+    return [Message("system", data.system_prompt), *messages]
 
 
 def _read(data: DataSection, parse: Callable[[dict[str, Any], str], Record]) -> list[Record]:
@@ -164,9 +157,7 @@ def _prompt_messages(row: dict[str, Any], source: str, data: DataSection) -> lis
         messages = [Message("user", _text(row, data.prompt_field, source, "prompt_field"))]
     if not messages or messages[-1].role != "user":
         raise ValueError(f"{source}: a prompt must end with a user message")
-    if data.system_prompt is not None and messages[0].role != "system":
-        messages = [Message("system", data.system_prompt), *messages]
-    return messages
+    return _with_system(messages, data)
 
 
 def _answer_text(row: dict[str, Any], field: str, source: str, key: str) -> str:
@@ -183,9 +174,7 @@ def _answer_text(row: dict[str, Any], field: str, source: str, key: str) -> str:
 
 def _conversation(row: dict[str, Any], source: str, data: DataSection) -> Conversation:
     if data.messages_field in row:
-        messages = _messages(row[data.messages_field], data.messages_field, source)
-        if data.system_prompt is not None and messages[0].role != "system":
-            messages = [Message("system", data.system_prompt), *messages]
+        messages = _with_system(_messages(row[data.messages_field], data.messages_field, source), data)
     else:
         answer = Message("assistant", _text(row, data.response_field, source, "response_field"))
         messages = [*_prompt_messages(row, source, data), answer]

@@ -18,7 +18,7 @@ from dots_align.types import Conversation, Message, PreferencePair, Prompt
 KINDS = ("sft", "preference", "prompts", "heldout")
 HELDOUT_SHARE = 0.15
 MAX_OPERAND = 49
-SLIP_RATE = 0.6  # share of the carries and borrows that the writers of the SFT answers forget
+SLIP_RATE = 0.7  # share of the carries and borrows that the writers of the SFT answers forget
 
 # A template is (operation, text); {a} {b} are the operands. The operation decides how the answer is worked out.
 TEMPLATES: tuple[tuple[str, str], ...] = (
@@ -59,19 +59,18 @@ class Problem:
         return a + b >= 10 if self.operation == "+" else a < b
 
     def solution(self, slip: bool = False) -> str:
-        """The method, digit by digit: `27+45: 7+5=12, 2+4+1=7. \\boxed{72}`, `52-27: 12-7=5, 5-1-2=2. \\boxed{25}`.
+        """The method, digit by digit: `27+45: 7+5=12, 2+4=6, 6+1=7. \\boxed{72}`, `52-27: 12-7=5, 5-2=3, 3-1=2. …`.
 
         With `slip` the carry or borrow is forgotten, and with it the right result.
         """
         (a10, a1), (b10, b1) = divmod(self.a, 10), divmod(self.b, 10)
-        regroup = int(self.regroups)
-        noted = int(self.regroups and not slip)
-        if self.operation == "+":
-            ones, tens = a1 + b1, a10 + b10 + noted
-            steps = f"{a1}+{b1}={ones}, {a10}+{b10}" + "+1" * noted + f"={tens}"
-        else:
-            ones, tens = a1 + 10 * regroup - b1, a10 - noted - b10
-            steps = f"{a1 + 10 * regroup}-{b1}={ones}, {a10}" + "-1" * noted + f"-{b10}={tens}"
+        sign = 1 if self.operation == "+" else -1
+        borrowed = 10 * int(self.regroups and sign < 0)
+        ones, tens = a1 + borrowed + sign * b1, a10 + sign * b10
+        steps = f"{a1 + borrowed}{self.operation}{b1}={ones}, {a10}{self.operation}{b10}={tens}"
+        if self.regroups and not slip:
+            steps += f", {tens}{self.operation}1={tens + sign}"
+            tens += sign
         return f"{self.a}{self.operation}{self.b}: {steps}. \\boxed{{{10 * tens + ones % 10}}}"
 
 

@@ -32,8 +32,8 @@ def evaluate_directory(
     checkpoint: Path, model: ModelSection, evaluation: EvaluationSection, seed: int, output: Path
 ) -> dict[str, float]:
     """Loads a checkpoint directory, evaluates it and writes the result to `output`."""
-    loaded, tokenizer = load_model(model.model_copy(update={"path": str(checkpoint), "preset": None}))
-    result = evaluate(loaded.to(device()), tokenizer, evaluation, seed)
+    loaded, tokenizer = load_model(model.model_copy(update={"path": str(checkpoint), "preset": None}), device())
+    result = evaluate(loaded, tokenizer, evaluation, seed)
     write_json(output, result)
     metrics = result["metrics"]
     logger.info(

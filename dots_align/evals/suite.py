@@ -74,6 +74,7 @@ def _answer(
 def to_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sample: Sample) -> Response:
     """What a reward function gets to see of a sample."""
     text = tokenizer.decode(sample.response_ids, skip_special_tokens=True)
+    assert isinstance(text, str)
     return Response(prompt, text, sample.response_ids, sample.finish_reason)
 
 

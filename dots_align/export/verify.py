@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dots_align.checkpoint import load_model
+from dots_align.checkpoint import check_whole, load_model
 from dots_align.config import ModelSection
 from dots_align.data.chat import as_dicts, encode_prompt, stop_token_ids
 from dots_align.export.source import stored_dtype
@@ -63,12 +63,14 @@ def verify_export(checkpoint: Path, exported: Path, prompts: Sequence[str] | Non
         ValueError: the directory cannot be loaded without guessing, or renders, stops or answers differently.
     """
     checkpoint, exported = Path(checkpoint), Path(exported)
+    check_whole(checkpoint)
+    if not (exported / "config.json").is_file():
+        raise ValueError(f"{exported}: not an exported directory: it has no config.json")
     conversations = [[Message("user", p)] for p in prompts] if prompts else [list(c) for c in CONVERSATIONS]
     # The fresh process first: its model is gone from memory before the checkpoint's is loaded.
     reloaded = _reload(exported, conversations)
-    model, tokenizer = load_model(ModelSection(path=str(checkpoint), dtype=stored_dtype(checkpoint)))
+    model, tokenizer = load_model(ModelSection(path=str(checkpoint), dtype=stored_dtype(checkpoint)), device())
     model.float()
-    torch.nn.Module.to(model, device())
     _check_stops(exported, reloaded, tokenizer)
     prompt_ids = [encode_prompt(tokenizer, c) for c in conversations]
     for conversation, ids, answer in zip(conversations, prompt_ids, reloaded["answers"], strict=True):
@@ -168,7 +170,7 @@ def _compare(
     if median > MAX_MEDIAN_LOGPROB_DIFFERENCE:
         raise ValueError(
             f"{exported}: answers with the checkpoint's tokens, but their log-probabilities differ by {median:.1e} "
-            f"(median), beyond {MAX_MEDIAN_LOGPROB_DIFFERENCE}; the exported weights or configuration are not the checkpoint's"
+            f"(median), beyond {MAX_MEDIAN_LOGPROB_DIFFERENCE}; the weights or the configuration changed"
         )
     return {
         "num_prompts": len(conversations),

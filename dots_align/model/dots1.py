@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Dots1Config, Dots1ForCausalLM, GenerationConfig
+from torch import nn
+from transformers import Dots1Config, Dots1ForCausalLM, GenerationConfig, PreTrainedModel
 
 from dots_align.model import attention
 
@@ -121,12 +122,16 @@ def load_base_model(
     return model
 
 
-def count_parameters(model: torch.nn.Module, num_experts_per_tok: int | None = None) -> tuple[int, int]:
-    """(all, active per token) parameters. Active counts `num_experts_per_tok / n_routed_experts` of the routed
-    experts.
-    """
+def lm_head(model: PreTrainedModel) -> nn.Linear:
+    """The language-model head, weight [vocabulary, hidden]."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Linear)
+    return head
+
+
+def count_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """(all, active per token) parameters; of the routed experts only `num_experts_per_tok` are active."""
     total = sum(p.numel() for p in model.parameters())
-    config = model.config
     routed = sum(p.numel() for n, p in model.named_parameters() if ".mlp.experts." in n)
-    share = (num_experts_per_tok or config.num_experts_per_tok) / config.n_routed_experts
+    share = model.config.num_experts_per_tok / model.config.n_routed_experts
     return total, round(total - routed * (1 - share))

@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 
-def moe_layers(model: nn.Module) -> list[tuple[int, nn.Module]]:
+def moe_layers(model: nn.Module) -> list[tuple[int, Any]]:
     """(layer index, MoE block) of every layer that routes, in order. Works on the bare model and under adapters."""
     return [
         (int(name.split(".layers.")[1].split(".")[0]), module)
@@ -59,15 +60,15 @@ def record_routes(model: nn.Module, with_gaps: bool = False) -> Iterator[Recorde
                 recorded.gaps.append(torch.stack(pending_gaps, dim=1))
                 pending_gaps.clear()
 
-    def on_gate(module: nn.Module, _arguments: tuple[torch.Tensor, ...], logits: torch.Tensor) -> None:
+    def on_gate(module: Any, _arguments: tuple[torch.Tensor, ...], logits: torch.Tensor) -> None:
         choice = logits.detach().sigmoid() + module.e_score_correction_bias
         best = choice.topk(module.config.num_experts_per_tok + 1, dim=-1).values
         pending_gaps.append(best[:, -2] - best[:, -1])
 
     for _, block in layers:
-        handles.append(block.get_submodule("experts").register_forward_pre_hook(on_experts))
+        handles.append(block.experts.register_forward_pre_hook(on_experts))
         if with_gaps:
-            handles.append(block.get_submodule("gate").register_forward_hook(on_gate))
+            handles.append(block.gate.register_forward_hook(on_gate))
     try:
         yield recorded
     finally:
@@ -108,7 +109,7 @@ class LoadMonitor:
         self.layers = [index for index, _ in moe_layers(model)]
         self._counts: dict[int, torch.Tensor] = {}
         for index, block in moe_layers(model):
-            block.get_submodule("experts").register_forward_pre_hook(self._hook(index, block.config.n_routed_experts))
+            block.experts.register_forward_pre_hook(self._hook(index, block.config.n_routed_experts))
 
     def _hook(self, index: int, num_experts: int):
         def count(_module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, get_scheduler
 
 from dots_align.config import OptimSection
+from dots_align.model.dots1 import lm_head
 from dots_align.model.logprobs import token_logprobs
 from dots_align.model.packed import micro_batches, pack
 from dots_align.model.router import RecordedRoutes, record_routes
@@ -76,7 +77,7 @@ def response_scores(
         device
     )
     targets = torch.tensor([token for t in chosen for token in t.response_ids], device=device)
-    flat, entropy = token_logprobs(hidden[before] / temperature, model.get_output_embeddings().weight, targets)
+    flat, entropy = token_logprobs(hidden[before] / temperature, lm_head(model).weight, targets)
     mask = torch.arange(max(sizes), device=device)[None] < torch.tensor(sizes, device=device)[:, None]
     logprobs = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
     return ResponseScores(members, logprobs, mask.float(), entropy, boundaries)
@@ -116,7 +117,7 @@ class TrainingEngine:
 
     @property
     def learning_rate(self) -> float:
-        return self.schedule.get_last_lr()[0]
+        return float(self.schedule.get_last_lr()[0])
 
     def _micro_batches(self, trajectories: Sequence[Trajectory], members: Sequence[int]) -> Iterator[list[int]]:
         lengths = [len(trajectories[i].prompt_ids) + len(trajectories[i].response_ids) for i in members]
@@ -179,7 +180,7 @@ class TrainingEngine:
             for key in ("exp_avg", "exp_avg_sq", "step")
         }
         save_file(tensors, directory / STATE_TENSORS)
-        (directory / STATE).write_text(json.dumps({"step": step, "schedule_step": self.schedule.last_epoch}))
+        (directory / STATE).write_text(json.dumps({"step": step, "schedule": self.schedule.state_dict()}))
 
     def load(self, directory: Path) -> int:
         """Restores what `save` wrote; returns the step. The weights are the caller's to load."""
@@ -191,14 +192,7 @@ class TrainingEngine:
                     **{key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")},
                 }
         counters = json.loads((directory / STATE).read_text())
-        state = self.schedule.state_dict()
-        state["last_epoch"] = counters["schedule_step"]
-        self.schedule.load_state_dict(state)
-        rates = [
-            base * fn(counters["schedule_step"])
-            for base, fn in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
-        ]
-        self.schedule._last_lr = rates
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+        self.schedule.load_state_dict(counters["schedule"])
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
         return counters["step"]

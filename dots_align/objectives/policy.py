@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from verl.trainer.ppo import core_algos
 from verl.workers.config import ActorConfig, PolicyLossConfig
@@ -22,7 +24,7 @@ class PolicyObjective:
 
     def __init__(self, algorithm: AlgorithmSection, batch_num_tokens: int, global_batch_size: int) -> None:
         self.algorithm = algorithm
-        self._loss = core_algos.get_policy_loss_fn(algorithm.policy_loss)
+        self._loss: Any = core_algos.get_policy_loss_fn(algorithm.policy_loss)
         self._config = ActorConfig(
             strategy="fsdp",
             rollout_n=1,
@@ -54,7 +56,8 @@ class PolicyObjective:
         loss, metrics = self._loss(old_logprobs, logprobs, advantages, response_mask, mode, self._config)
         found = {name.removeprefix("actor/"): float(value) for name, value in metrics.items()}
         if ref_logprobs is not None:
-            divergence = core_algos.kl_penalty(logprobs, ref_logprobs, _KL_NAMES[self.algorithm.kl_estimator])
+            estimate: Any = core_algos.kl_penalty  # annotated for FloatTensor, a type no CPU tensor has
+            divergence = estimate(logprobs, ref_logprobs, _KL_NAMES[self.algorithm.kl_estimator])
             penalty = core_algos.agg_loss(divergence, response_mask, mode, **self._denominators)
             loss = loss + self.algorithm.kl_coef * penalty
             found["kl"] = float((divergence.detach() * response_mask).sum() / response_mask.sum().clamp(min=1))

@@ -41,7 +41,8 @@ def rollout_attention(
     """query, key, value [1, heads, N, D] of N tokens of any sequences -> ([1, N, heads, D], no weights)."""
     assert rollout_step is not None, "the rollout attention runs only inside the rollout engine"
     layer: int = module.layer_idx  # type: ignore[assignment]
-    output = rollout_step.attend(layer, *(x[0].transpose(0, 1) for x in (query, key, value)), scaling)
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    output = rollout_step.attend(layer, query, key, value, scaling)
     return output[None], None
 
 

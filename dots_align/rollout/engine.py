@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
+from dots_align.model.dots1 import lm_head
 from dots_align.model.router import RecordedRoutes, moe_layers, record_routes
 from dots_align.rollout.attention import DecodeStep, PrefillStep, RolloutStep, rollout_mode
 from dots_align.rollout.kv_cache import GroupedKVCache
@@ -36,7 +37,7 @@ class RolloutEngine:
         self,
         requests: list[GenerationRequest],
         return_routes: bool = False,
-        on_finished: Callable[[int], None] | None = None,
+        on_finished: Callable[[int], object] | None = None,
     ) -> list[list[Sample]]:
         """Generates every request's samples.
 
@@ -149,6 +150,6 @@ class RolloutEngine:
         return self._sample(scheduler, rows, hidden)
 
     def _sample(self, scheduler: Scheduler, rows: torch.Tensor, hidden: torch.Tensor) -> int:
-        logits = self.model.get_output_embeddings()(hidden)
+        logits = lm_head(self.model)(hidden)
         tokens, rollout_logprobs, logprobs = sample(logits, scheduler.sampling[rows], scheduler.lengths[rows])
         return scheduler.append(rows, tokens, rollout_logprobs, logprobs)

@@ -21,9 +21,9 @@ def run(recipe: GrpoRecipe) -> Path:
     run_dir = open_run_directory(recipe)
     seed_everything(recipe.seed)
     start, resume = ensure_start(recipe, run_dir), newest_whole(run_dir)
-    policy, tokenizer = load_model(start.model_copy(update={"path": str(resume)}) if resume else start)
-    reference = load_model(start)[0].to(device()).eval() if recipe.algorithm.kl_coef else None
-    loop = RlLoop(recipe, policy.to(device()), reference, tokenizer, prompts)
+    policy, tokenizer = load_model(start.model_copy(update={"path": str(resume)}) if resume else start, device())
+    reference = load_model(start, device())[0].eval() if recipe.algorithm.kl_coef else None
+    loop = RlLoop(recipe, policy, reference, tokenizer, prompts)
     publisher = Publisher(run_dir, recipe, data_hash(prompts), hooks)
     log = MetricsLog(run_dir, step_of(resume) if resume else 0, recipe.logging.report_to)
     if resume:

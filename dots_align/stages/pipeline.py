@@ -31,17 +31,18 @@ def run(recipe: PipelineRecipe) -> Path:
         if previous is not None:
             stage = _starting_from(stage, previous)
         last = runner(stage)
-        previous = (best_checkpoint(last.parent) or last) if recipe.start_from == "best" else last
+        reached = (recipe.start_from == "best" and best_checkpoint(last.parent)) or last
         record.append(
             {
                 "name": stage.stage,
                 "output_dir": stage.output_dir,
-                "checkpoint": str(previous),
-                "metrics": evaluation_of(previous),
+                "checkpoint": str(reached),
+                "metrics": evaluation_of(reached),
                 "seconds": round(time.monotonic() - started, 1),
             }
         )
         write_json(run_dir / RECORD, {"stages": record, "export": None, "report": None})
+        previous = reached
     assert previous is not None
     exported = export(previous, run_dir / EXPORT, overwrite=True) if recipe.export else None
     report = run_dir / REPORT

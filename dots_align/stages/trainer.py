@@ -20,7 +20,7 @@ from dots_align.checkpoint import (
     step_of,
 )
 from dots_align.evals.on_save import resolve_hooks
-from dots_align.model.lora import add_adapter, trainable_summary
+from dots_align.model.lora import PeftModel, add_adapter, trainable_summary
 from dots_align.model.router import LoadMonitor, load_metrics
 from dots_align.runtime import MetricsLog, device, is_main_process, logger
 
@@ -63,11 +63,10 @@ def trainer_arguments(recipe: Any, run_dir: Path, has_cuda: bool) -> dict[str, A
     }
 
 
-def prepare_model(recipe: Any, run_dir: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def prepare_model(recipe: Any, run_dir: Path) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
     """The model a stage trains, on its device: the start checkpoint, with fresh adapters if the recipe has `lora:`."""
     start = ensure_start(recipe, run_dir)
-    model, tokenizer = load_model(start)
-    model = model.to(device())
+    model, tokenizer = load_model(start, device())
     if recipe.lora is not None:
         model = add_adapter(model, recipe.lora, str(start.path))
     logger.info("%s: %s", recipe.stage, trainable_summary(model))
@@ -117,7 +116,7 @@ class MetricsCallback(TrainerCallback):
 
 
 def train_and_publish(
-    trainer_class: Any, recipe: Any, run_dir: Path, model: PreTrainedModel, data_hash: str, **arguments: Any
+    trainer_class: Any, recipe: Any, run_dir: Path, model: PreTrainedModel | PeftModel, data_hash: str, **arguments: Any
 ) -> Path:
     """Builds the trainer, resumes from the newest whole checkpoint if there is one, trains, publishes the last step.
 

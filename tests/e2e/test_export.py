@@ -1,6 +1,4 @@
-"""An exported checkpoint as its users meet it: the README's own snippet, the chat, and another stage starting from
-it.
-"""
+"""An exported checkpoint as its users meet it: the README's snippet, the chat, another stage starting from it."""
 
 from __future__ import annotations
 
