@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,6 +31,7 @@ from dots_align.model.lora import ADAPTER_CONFIG, adapter_base, merge_adapter
 from dots_align.runtime import MetricsLog, is_main_process, logger, now, preserved_rng, recipe_hash, write_json
 
 MANIFEST = "manifest.json"
+UNSEALED = (MANIFEST, "README.md")  # a model card may be edited without the checkpoint being damaged
 PREFIX = "checkpoint-"
 # A hook gets the published directory and the recipe; the mapping it returns is logged as metrics of that step.
 Hook = Callable[[Path, Any], dict[str, float] | None]
@@ -59,7 +60,7 @@ def seal(directory: Path, manifest: dict[str, Any]) -> None:
     files = {
         str(path.relative_to(directory)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         for path in sorted(directory.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name not in UNSEALED
     }
     write_json(
         directory / MANIFEST,
@@ -69,8 +70,10 @@ def seal(directory: Path, manifest: dict[str, Any]) -> None:
 
 def publish(staging: Path, final: Path) -> None:
     """Renames a sealed directory into place, durably: its files are on disk before its name is."""
+    readable = (staging / MANIFEST).stat().st_mode  # safetensors makes files that only their owner may read
     for path in staging.rglob("*"):
         if path.is_file():
+            path.chmod(readable)
             _sync(path)
     if final.exists():
         shutil.rmtree(final)
@@ -258,6 +261,12 @@ def load_model(
     if onto is not None:
         loaded = loaded.to(onto)  # pyright: ignore[reportArgumentType] - transformers wraps `to` in an untyped decorator
     return loaded, tokenizer
+
+
+def stored_dtype(directory: Path) -> Literal["float32", "bfloat16"]:
+    """The dtype the weights (an adapter's: its base's) are stored in, as far as dots_align computes in it."""
+    config = json.loads(((adapter_base(directory) or directory) / "config.json").read_text(encoding="utf-8"))
+    return "bfloat16" if (config.get("dtype") or config.get("torch_dtype")) == "bfloat16" else "float32"
 
 
 def _check_architecture(directory: Path) -> None:

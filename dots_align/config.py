@@ -161,7 +161,7 @@ class RlTrainSection(Section):
     num_minibatches: int = Field(default=1, ge=1, description="optimizer updates per rollout")
     num_epochs: int = Field(default=1, ge=1, description="passes over each rollout")
     micro_batch_tokens: int = Field(
-        8192, ge=1, description="padded tokens of one forward; a memory limit, never a number"
+        default=8192, ge=1, description="most tokens of one forward; never changes a number"
     )
 
 
@@ -283,6 +283,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | No
         raise ValueError(f"{path}: a recipe is a mapping of keys, found {type(values).__name__}")
     origins = {key: f"{path}:{line}" for key, line in lines.items()}
     for override in overrides:
+        if values.get("stage") == "pipeline":
+            override = _stage_override(values, override)
         _apply_override(values, override, origins)
     found = values.get("stage")
     if not isinstance(found, str) or found not in RECIPES:
@@ -331,6 +333,19 @@ def _key_lines(text: str) -> dict[tuple[str, ...], int]:
 
     walk(yaml.compose(text, Loader=yaml.SafeLoader), ())
     return lines
+
+
+def _stage_override(values: dict[str, Any], override: str) -> str:
+    """`grpo.train.max_steps=5` given to a pipeline goes to the stage whose recipe file is called grpo."""
+    name, dot, rest = override.partition(".")
+    if not dot or name in PipelineRecipe.model_fields:
+        return override
+    names = [Path(str(stage.get("recipe"))).stem for stage in values.get("stages", []) if isinstance(stage, dict)]
+    if name not in names:
+        raise ValueError(f"override {override!r}: no stage {name!r} in this pipeline; there are {', '.join(names)}")
+    index = names.index(name)
+    given = [*values["stages"][index].get("overrides", []), rest]
+    return f"stages.{index}.overrides={json.dumps(given)}"
 
 
 def _apply_override(values: dict[str, Any], override: str, origins: dict[tuple[str, ...], str]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,10 +17,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.streamers import BaseStreamer
 
-from dots_align.checkpoint import check_whole, load_model
+from dots_align.checkpoint import check_whole, load_model, stored_dtype
 from dots_align.config import ModelSection
 from dots_align.data.chat import encode_prompt, stop_token_ids
-from dots_align.model.lora import adapter_base
 from dots_align.runtime import device, seed_everything
 from dots_align.types import Message
 
@@ -47,7 +45,7 @@ def chat(directory: Path, *, system: str | None, temperature: float, max_tokens:
         raise ValueError(f"temperature={temperature:g} must not be negative; 0 is greedy")
     path = Path(directory)
     check_whole(path)
-    model, tokenizer = load_model(ModelSection(path=str(path), dtype=_dtype(path)), device())
+    model, tokenizer = load_model(ModelSection(path=str(path), dtype=stored_dtype(path)), device())
     context = model.config.max_position_embeddings
     if not 1 <= max_tokens < context:
         raise ValueError(
@@ -59,12 +57,6 @@ def chat(directory: Path, *, system: str | None, temperature: float, max_tokens:
         _in_terminal(talk, path)
     else:
         _piped(talk)
-
-
-def _dtype(directory: Path) -> Any:
-    """The dtype the weights are stored in."""
-    config = json.loads(((adapter_base(directory) or directory) / "config.json").read_text(encoding="utf-8"))
-    return "bfloat16" if (config.get("dtype") or config.get("torch_dtype")) == "bfloat16" else "float32"
 
 
 class Conversation:

@@ -69,13 +69,36 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
 
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> EncodedConversation:
-    """Token ids and labels of a conversation; only the assistant's tokens and their stop token carry a label."""
+    """Token ids and labels of a conversation; only the assistant's tokens and their stop token carry a label.
+
+    Raises:
+        ValueError: the tokenizer's template does not mark what the assistant says, and renders other than the dots
+        layout.
+    """
     encoded: Any = tokenizer.apply_chat_template(
-        as_dicts(messages), return_assistant_tokens_mask=True, return_dict=True
+        as_dicts(messages), chat_template=CHAT_TEMPLATE, return_assistant_tokens_mask=True, return_dict=True
     )
+    if tokenizer.chat_template != CHAT_TEMPLATE:
+        encoded = _own_template(tokenizer, messages, encoded)
     input_ids, mask = list(encoded["input_ids"]), list(encoded["assistant_masks"])
     labels = [token if own else -100 for token, own in zip(input_ids, mask, strict=True)]
     return EncodedConversation(input_ids, labels)
+
+
+def _own_template(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], dots: Any) -> Any:
+    """The encoding by the tokenizer's own template; released and exported models carry it without generation marks,
+    then ours (`dots`) stands in where it renders the same tokens.
+    """
+    template = tokenizer.chat_template
+    if isinstance(template, str) and "generation %}" in template:
+        return tokenizer.apply_chat_template(as_dicts(messages), return_assistant_tokens_mask=True, return_dict=True)
+    own: Any = tokenizer.apply_chat_template(as_dicts(messages), return_dict=True)
+    if list(own["input_ids"]) != list(dots["input_ids"]):
+        raise ValueError(
+            "the tokenizer's chat template does not mark the assistant's tokens with {% generation %} and differs from "
+            "the dots layout; add the marks to it, or no loss mask can be made"
+        )
+    return dots
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

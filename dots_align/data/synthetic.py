@@ -114,7 +114,9 @@ def sft_conversations(count: int, seed: int) -> list[Conversation]:
 
 
 def preference_pairs(count: int, seed: int) -> list[PreferencePair]:
-    """Correct and concise against wrong (a forgotten carry or borrow, else a near miss), unboxed, or wordy."""
+    """Correct and concise against a forgotten carry or borrow; where there is none, against a near miss, unboxed,
+    wordy.
+    """
     rng = random.Random(f"pairs-{seed}")
     return [
         PreferencePair([Message("user", p.question)], p.solution(), _rejected(p, rng), f"synthetic:preference:{i}")
@@ -123,14 +125,14 @@ def preference_pairs(count: int, seed: int) -> list[PreferencePair]:
 
 
 def _rejected(problem: Problem, rng: random.Random) -> str:
+    if problem.regroups:
+        return problem.solution(slip=True)
     right = problem.solution()
     kind = rng.random()
-    if kind < 0.7:
-        if problem.regroups:
-            return problem.solution(slip=True)
+    if kind < 1 / 3:
         near = rng.choice([n for d in (-10, -1, 1, 10) if (n := problem.answer + d) >= 0])
         return right.replace(f"{{{problem.answer}}}", f"{{{near}}}")
-    if kind < 0.85:
+    if kind < 2 / 3:
         return right.replace(f"\\boxed{{{problem.answer}}}", str(problem.answer))
     return right.replace(". ", f". {problem.a} {problem.operation} {problem.b}, {problem.answer}. ")
 

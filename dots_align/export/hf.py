@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, Dots1Config, Dots1ForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from dots_align.checkpoint import MANIFEST, check_whole, load_model, staged
+from dots_align.checkpoint import MANIFEST, check_whole, load_model, staged, stored_dtype
 from dots_align.config import ModelSection
 from dots_align.data.chat import stop_token_ids
 from dots_align.export.card import model_card
-from dots_align.export.source import History, stored_dtype, training_history
+from dots_align.export.source import History, training_history
 from dots_align.export.verify import verify_export
 from dots_align.model.dots1 import count_parameters
 from dots_align.model.lora import adapter_base
@@ -79,7 +79,6 @@ def export_hf(
         config = Dots1Config.from_pretrained(staging)
         card = model_card(config, _parameters(config), history, manifest.get("verification"))
         (staging / "README.md").write_text(card, encoding="utf-8")
-        _same_permissions(staging)
     logger.info("exported %s to %s", checkpoint, output)
     return output
 
@@ -324,10 +323,3 @@ def portable_template(template: str) -> str:
         return f"{{#{tag[1]} {tag[2]}#}}" if any(c.isspace() for c in around) else ""
 
     return _GENERATION_TAG.sub(replacement, template)
-
-
-def _same_permissions(directory: Path) -> None:
-    """safetensors writes files that only their owner may read; a deployed model is read by others."""
-    mode = (directory / "config.json").stat().st_mode
-    for path in directory.iterdir():
-        path.chmod(mode)

@@ -6,10 +6,9 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dots_align.checkpoint import MANIFEST
-from dots_align.model.lora import adapter_base
 
 # A file of this machine: absolute, in a home directory, on a Windows drive, a file URL, or relative to who knows where.
 _LOCAL_PATH = re.compile(r"^(/|~|\\\\|[A-Za-z]:[\\/]|file:|\.\.?[\\/])")
@@ -39,12 +38,6 @@ class History:
 
     def as_dict(self) -> dict[str, Any]:
         return {"base": self.base, "stages": [vars(s) for s in self.stages]}
-
-
-def stored_dtype(checkpoint: Path) -> Literal["float32", "bfloat16"]:
-    """The dtype the weights (an adapter's: its base's) are stored in, as far as dots_align computes in it."""
-    config = json.loads(((adapter_base(checkpoint) or checkpoint) / "config.json").read_text(encoding="utf-8"))
-    return "bfloat16" if (config.get("dtype") or config.get("torch_dtype")) == "bfloat16" else "float32"
 
 
 def without_local_paths(value: Any, key: str = "") -> Any:

@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dots_align.checkpoint import check_whole, load_model
+from dots_align.checkpoint import check_whole, load_model, stored_dtype
 from dots_align.config import ModelSection
 from dots_align.data.chat import as_dicts, encode_prompt, stop_token_ids
-from dots_align.export.source import stored_dtype
 from dots_align.rollout.engine import RolloutEngine
 from dots_align.runtime import device
 from dots_align.types import GenerationRequest, Message, Sample, SamplingParams

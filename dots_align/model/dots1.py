@@ -106,19 +106,30 @@ def create_meta_model(preset: str) -> Dots1ForCausalLM:
 def load_base_model(
     path: str | Path, dtype: str, attn_implementation: str, experts_implementation: str
 ) -> Dots1ForCausalLM:
-    """Loads a full (not adapter) dots1 checkpoint directory. Safetensors only, no remote code, the global RNG
-    untouched.
+    """Loads a full (not adapter) checkpoint directory: safetensors only, no remote code, the global RNG untouched.
+
+    Raises:
+        ValueError: a tensor is missing or has the wrong shape; transformers alone would go on with random values.
     """
+    packed = attn_implementation == "packed"
     with torch.random.fork_rng():
-        model = Dots1ForCausalLM.from_pretrained(
+        loaded: Any = Dots1ForCausalLM.from_pretrained(
             path,
             dtype=getattr(torch, dtype),
-            attn_implementation=attention.IMPLEMENTATION if attn_implementation == "packed" else attn_implementation,
+            attn_implementation=attention.IMPLEMENTATION if packed else attn_implementation,
             experts_implementation=experts_implementation,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            output_loading_info=True,
         )
+    model, info = loaded
+    for trouble in ("missing_keys", "mismatched_keys"):
+        if names := sorted(map(str, info[trouble])):
+            raise ValueError(
+                f"{path}: {len(names)} {trouble.replace('_keys', '')} tensors, the first is {names[0]}; "
+                "the checkpoint is not whole, or not of the model its config.json describes"
+            )
     return model
 
 
