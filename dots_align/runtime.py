@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from tqdm.auto import tqdm
@@ -27,18 +28,26 @@ from dots_align.config import Section, recipe_dict, recipe_differences
 logger = logging.getLogger("dots_align")
 
 
+class _BarFriendlyHandler(logging.Handler):
+    """Writes above a running progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
 def setup_logging() -> None:
-    """One line a message on stderr for us; libraries speak up only when something is wrong."""
+    """One line a message on stderr for us, the main process only; libraries speak up when something is wrong."""
     if not logger.handlers:
-        handler = logging.StreamHandler(sys.stderr)
+        handler = _BarFriendlyHandler()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+        logger.setLevel(logging.INFO if is_main_process() else logging.ERROR)
         logger.propagate = False
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     for name in ("accelerate", "datasets", "deepspeed", "DeepSpeed", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -84,13 +93,17 @@ def preserved_rng() -> Iterator[None]:
 
 
 def progress(total: int, description: str, unit: str = "it", initial: int = 0) -> tqdm:
-    """A progress bar on stderr, shown by the main process once two seconds have passed."""
+    """A progress bar on stderr, shown by the main process once two seconds have passed; in a log file, a line a
+    while.
+    """
     return tqdm(
         total=total,
         desc=description,
         unit=unit,
         initial=initial,
         delay=2,
+        mininterval=0.1 if sys.stderr.isatty() else 15,
+        leave=False,
         dynamic_ncols=True,
         disable=not is_main_process(),
     )
@@ -125,7 +138,7 @@ def open_run_directory(recipe: Any) -> Path:
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"output_dir={directory}: this is a file; choose another output_dir")
     if directory.is_dir() and any(directory.iterdir()):
-        if recipe.overwrite and record.is_file():
+        if record.is_file() and (recipe.overwrite or _never_started(directory, recipe)):
             shutil.rmtree(directory)
         elif problem := _foreign(directory, record, recipe):
             remedy = ", or give overwrite=true to delete what is there" if record.is_file() else ""
@@ -143,6 +156,13 @@ def open_run_directory(recipe: Any) -> Path:
             },
         )
     return directory
+
+
+def _never_started(directory: Path, recipe: Any) -> bool:
+    """Whether another recipe got no further here than its start weights, because its data was refused, say."""
+    made_before_training = {"run.json", "init", "data"}
+    started = any(p.name.removeprefix(".") not in made_before_training for p in directory.iterdir())
+    return not started and _foreign(directory, directory / "run.json", recipe) is not None
 
 
 def _foreign(directory: Path, record: Path, recipe: Any) -> str | None:

@@ -1,7 +1,7 @@
-"""Does the pipeline learn? Runs recipes/tiny/pipeline.yaml for several seeds and reports held-out accuracy by stage.
+"""Does the pipeline learn? Runs recipes/tiny/pipeline.yaml for several seeds and reports held-out accuracy.
 
-Every seed has its own initial weights, training data, preference pairs, prompts and rollouts; the held-out questions are
-the same for all. Prints a table, then one line `RESULT {json}` with the keys
+Every seed has its own initial weights, training data, preference pairs, prompts and rollouts; the held-out questions
+are the same for all. Prints a table, then one line `RESULT {json}` with the keys
 
     sft_accuracy dpo_accuracy grpo_accuracy   exact match on held-out prompts, 0 to 1, the worst over seeds
     gain                                      grpo minus sft, the smallest over seeds
@@ -32,7 +32,7 @@ QUICK = (
 
 
 def run_seed(seed: int, directory: Path, overrides: list[str]) -> dict[str, float]:
-    """Runs the pipeline in a process of its own, as a user would, and returns the accuracy of each stage and the minutes."""
+    """Runs the pipeline in a process of its own, as a user would; returns each stage's accuracy and the minutes."""
     started = time.monotonic()
     command = [sys.executable, "-m", "dots_align", "pipeline", "recipes/tiny/pipeline.yaml"]
     command += [f"output_dir={directory}", f"seed={seed}", *overrides]

@@ -17,7 +17,7 @@ from dots_align.types import Conversation, Message, PreferencePair, Prompt
 
 KINDS = ("sft", "preference", "prompts", "heldout")
 HELDOUT_SHARE = 0.15
-MAX_OPERAND = 49
+MIN_OPERAND, MAX_OPERAND = 10, 49  # two digits each, so that the written method always has the same steps
 SLIP_RATE = 0.7  # share of the carries and borrows that the writers of the SFT answers forget
 
 # A template is (operation, text); {a} {b} are the operands. The operation decides how the answer is worked out.
@@ -85,7 +85,7 @@ def problems(seed: int, heldout: bool) -> Iterator[Problem]:
     """An endless, seeded stream of problems from one side of the split."""
     rng = random.Random(f"problems-{seed}-{heldout}")
     while True:
-        a, b = rng.randint(1, MAX_OPERAND), rng.randint(1, MAX_OPERAND)
+        a, b = rng.randint(MIN_OPERAND, MAX_OPERAND), rng.randint(MIN_OPERAND, MAX_OPERAND)
         operation, text = rng.choice(TEMPLATES)
         if operation == "-" and a < b:
             a, b = b, a

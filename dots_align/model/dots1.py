@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "n_routed_experts": 32,
-        "num_experts_per_tok": 4,
+        "num_experts_per_tok": 2,
         "max_position_embeddings": 2048,
         "initializer_range": 0.05,
     },

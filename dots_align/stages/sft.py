@@ -11,6 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 from dots_align.config import SftRecipe
 from dots_align.data.encoding import encode_conversations
+from dots_align.data.packing import pack_conversations
 from dots_align.data.sources import data_hash, load_conversations
 from dots_align.runtime import device, logger, open_run_directory, seed_everything
 from dots_align.stages.trainer import prepare_model, train_and_publish, trainer_arguments
@@ -27,13 +28,13 @@ def run(recipe: SftRecipe) -> Path:
         logger.warning(
             "%d of %d conversations were cut at train.max_length=%d tokens", cut, len(encoded), recipe.train.max_length
         )
-    arguments = SFTConfig(
-        **trainer_arguments(recipe, run_dir, device().type == "cuda"),
-        packing=recipe.train.packing,
-        packing_strategy="bfd",
-        padding_free=recipe.train.packing,
-        shuffle_dataset=True,
-    )
+    if recipe.train.packing:
+        rows = pack_conversations(encoded, recipe.train.max_length, recipe.seed)
+    else:
+        rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in encoded]
+    # Rows are cut and packed here, so TRL's own truncation and packing stay off; it flattens a batch of rows into one sequence.
+    own = {"max_length": None, "packing": False, "padding_free": recipe.train.packing}
+    arguments = SFTConfig(**{**trainer_arguments(recipe, run_dir, device().type == "cuda"), **own})
     return train_and_publish(
         SFTTrainer,
         recipe,
@@ -42,5 +43,5 @@ def run(recipe: SftRecipe) -> Path:
         data_hash(conversations),
         args=arguments,
         processing_class=tokenizer,
-        train_dataset=Dataset.from_list([{"input_ids": e.input_ids, "labels": e.labels} for e in encoded]),
+        train_dataset=Dataset.from_list(rows),
     )

@@ -22,7 +22,7 @@ from dots_align.checkpoint import (
 from dots_align.evals.on_save import resolve_hooks
 from dots_align.model.lora import PeftModel, add_adapter, trainable_summary
 from dots_align.model.router import LoadMonitor, load_metrics
-from dots_align.runtime import MetricsLog, device, is_main_process, logger
+from dots_align.runtime import MetricsLog, device, logger, progress
 
 Trainer = TypeVar("Trainer", bound=type)
 STAGING = ".staging"
@@ -59,7 +59,7 @@ def trainer_arguments(recipe: Any, run_dir: Path, has_cuda: bool) -> dict[str, A
         "report_to": "none",
         "use_cpu": not has_cuda,
         "dataloader_pin_memory": has_cuda,
-        "disable_tqdm": not is_main_process(),
+        "disable_tqdm": True,  # the callback below has a bar of its own
     }
 
 
@@ -98,16 +98,29 @@ def published_by(trainer_class: Trainer, publisher: Publisher, log: MetricsLog) 
     return PublishingTrainer  # type: ignore[return-value]
 
 
-class MetricsCallback(TrainerCallback):
-    """Sends what the trainer logs to `metrics.jsonl` under the stage's name, with the router's load beside it."""
+class StageCallback(TrainerCallback):
+    """A progress bar, and what the trainer logs in `metrics.jsonl` under the stage's name, the router's load beside
+    it.
+    """
 
     def __init__(self, stage: str, log: MetricsLog, monitor: LoadMonitor) -> None:
         self.stage, self.log, self.monitor = stage, log, monitor
+        self.bar: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar = progress(state.max_steps, self.stage, "step", initial=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.update()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.bar.close()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         values = {f"{self.stage}/{k}": float(v) for k, v in (logs or {}).items() if isinstance(v, int | float)}
         if f"{self.stage}/loss" not in values:
             return  # the summary at the end of training, which the run's files already tell
+        self.bar.set_postfix(loss=f"{values[f'{self.stage}/loss']:.4f}")
         load = self.monitor.take()
         if load is not None:
             self.log.log_router(state.global_step, self.monitor.layers, load)
@@ -128,7 +141,7 @@ def train_and_publish(
     log = MetricsLog(run_dir, step_of(resume) if resume else 0, recipe.logging.report_to)
     monitor = LoadMonitor(model)
     trainer = published_by(trainer_class, publisher, log)(
-        model=model, callbacks=[MetricsCallback(recipe.stage, log, monitor)], **arguments
+        model=model, callbacks=[StageCallback(recipe.stage, log, monitor)], **arguments
     )
     trainer.remove_callback(transformers.PrinterCallback)
     if resume is not None:

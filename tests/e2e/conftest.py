@@ -1,0 +1,67 @@
+"""The real command line: in this process where that is enough, in a fresh one where the process is the point."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dots_align import cli
+
+QUICK_SFT = ("data.max_samples=200", "train.max_steps=3", "evaluation.num_prompts=8", "logging.logging_steps=1")
+QUICK_GRPO = (
+    "data.max_samples=16",
+    "train.max_steps=2",
+    "train.num_prompts_per_step=4",
+    "rollout.group_size=4",
+    "rollout.max_tokens=12",
+    "evaluation.num_prompts=8",
+    "evaluation.max_tokens=12",
+)
+
+
+@pytest.fixture(scope="session")
+def recipe(repo_root: Path) -> Callable[[str], str]:
+    """The path of a recipe of the tiny set."""
+    return lambda name: str(repo_root / "recipes" / "tiny" / f"{name}.yaml")
+
+
+@pytest.fixture
+def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs a command that must fail, and returns the one message that a person sees."""
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            cli.main([str(a) for a in arguments])
+        assert isinstance(stopped.value.code, str), f"exit status {stopped.value.code}"
+        return stopped.value.code
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def start(recipe: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint after three steps of SFT on the synthetic data, with everything a stage leaves around it."""
+    run_dir = tmp_path_factory.mktemp("start") / "sft"
+    cli.main(["sft", recipe("sft"), f"output_dir={run_dir}", "save.save_steps=2", *QUICK_SFT])
+    return run_dir / "last"
+
+
+@pytest.fixture(scope="session")
+def spawn(repo_root: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Starts `python -m dots_align …` in a process of its own."""
+
+    def run(*arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
+        environment = {**os.environ, "PYTHONPATH": str(repo_root)}
+        return subprocess.Popen(
+            [sys.executable, "-m", "dots_align", *map(str, arguments)],
+            cwd=cwd or repo_root,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    return run

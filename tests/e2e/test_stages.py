@@ -1,0 +1,207 @@
+"""The stages through the real command line, a few steps each: what they write, and what the figures in it promise."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from dots_align import cli
+from tests.e2e.conftest import QUICK_GRPO, QUICK_SFT
+
+Recipe = Callable[[str], str]
+
+
+def metrics(run_dir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_sft_leaves_whole_evaluated_linked_checkpoints(start: Path):
+    run_dir = start.parent
+    assert [p.name for p in sorted(run_dir.glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-3"]
+    assert os.readlink(start) == "checkpoint-3"
+    assert (run_dir / "best").is_symlink()
+    for checkpoint in run_dir.glob("checkpoint-*"):
+        manifest = json.loads((checkpoint / "manifest.json").read_text())
+        assert manifest["stage"] == "sft"
+        assert manifest["step"] == int(checkpoint.name.split("-")[1])
+        assert manifest["recipe"]["train"]["max_steps"] == 3
+        assert len(manifest["data_hash"]) == 64
+        assert {p.name for p in checkpoint.iterdir()} - set(manifest["files"]) == {"manifest.json", "eval.json"}
+        evaluation = json.loads((checkpoint / "eval.json").read_text())
+        assert set(evaluation["metrics"]) == {"exact_match", "stop_rate", "mean_length"}
+    losses = [line["sft/loss"] for line in metrics(run_dir) if "sft/loss" in line]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0]
+    with safe_open(start / "model.safetensors", "pt") as weights:
+        assert "model.layers.1.mlp.experts.0.gate_proj.weight" in weights.keys()  # noqa: SIM118 - not a dict
+        assert "model.layers.1.mlp.gate.e_score_correction_bias" in weights.keys()  # noqa: SIM118
+
+
+def test_grpo_logs_the_agreement_of_trainer_and_rollout_at_every_step(recipe: Recipe, start: Path, tmp_path: Path):
+    cli.main(
+        [
+            "grpo",
+            recipe("grpo"),
+            f"output_dir={tmp_path / 'grpo'}",
+            f"model.path={start}",
+            *QUICK_GRPO,
+            "train.max_steps=3",
+            "rewards.0.function=reward_models.length:brevity",
+            f"rewards.1.function={_odd_reward(tmp_path)}:odd",
+        ]
+    )
+    lines = [line for line in metrics(tmp_path / "grpo") if "grpo/reward" in line]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert line["grpo/agreement_median"] < 1e-5
+        assert line["grpo/agreement_max"] < 1e-3
+        assert line["grpo/agreement_flips"] >= 0
+        assert line["grpo/reward"] == pytest.approx(line["grpo/reward_brevity"] + line["grpo/reward_odd"])
+    routers = [json.loads(line) for line in (tmp_path / "grpo" / "router.jsonl").read_text().splitlines()]
+    assert routers[0]["layers"] == [1, 2, 3]
+    assert all(sum(row) == pytest.approx(1, abs=1e-3) for row in routers[0]["load"])
+    samples = [json.loads(line) for line in (tmp_path / "grpo" / "samples.jsonl").read_text().splitlines()]
+    assert {"prompt", "response", "answer", "reward", "rewards", "finish_reason"} < set(samples[0])
+
+
+def _odd_reward(folder: Path) -> Path:
+    """A reward with variance, which an untrained model's wrong answers do not have."""
+    path = folder / "odd_reward.py"
+    path.write_text("def odd(response):\n    return float(sum(response.response_ids) % 2)\n")
+    return path
+
+
+def test_grpo_with_a_kl_term_and_several_updates(recipe: Recipe, start: Path, tmp_path: Path):
+    cli.main(
+        [
+            "grpo",
+            recipe("grpo"),
+            f"output_dir={tmp_path / 'grpo'}",
+            f"model.path={start}",
+            *QUICK_GRPO,
+            "on_save=[]",
+            "algorithm.kl_coef=0.1",
+            "train.num_epochs=2",
+            "train.num_minibatches=2",
+            f"rewards.0.function={_odd_reward(tmp_path)}:odd",
+            "logging.report_to=[tensorboard]",
+        ]
+    )
+    first, second = metrics(tmp_path / "grpo")
+    assert first["grpo/kl"] >= 0
+    assert second["grpo/kl"] > 0
+    assert list((tmp_path / "grpo" / "tensorboard").iterdir())
+
+
+def test_lora_trains_and_saves_only_adapters_and_the_next_stage_takes_them(
+    recipe: Recipe, start: Path, tmp_path: Path, fails
+):
+    own = [f"model.path={start}", "data.max_samples=40", "evaluation.num_prompts=8"]
+    cli.main(["sft", recipe("sft_lora"), f"output_dir={tmp_path / 'sft'}", *own, "train.max_steps=2"])
+    adapter = tmp_path / "sft" / "last"
+    with safe_open(adapter / "adapter_model.safetensors", "pt") as weights:
+        names = list(weights.keys())
+    assert names
+    assert all("lora_" in name for name in names)
+    assert not (adapter / "model.safetensors").exists()
+    assert (adapter / "eval.json").is_file()
+    dpo = [
+        f"model.path={adapter}",
+        "data.max_samples=8",
+        "train.per_device_train_batch_size=4",
+        "evaluation.num_prompts=8",
+    ]
+    cli.main(["dpo", recipe("dpo_lora"), f"output_dir={tmp_path / 'dpo'}", *dpo])
+    assert [line["step"] for line in metrics(tmp_path / "dpo") if "dpo/loss" in line] == [1, 2]
+    message = fails("sft", recipe("sft_lora"), f"output_dir={tmp_path / 'bad'}", *own, "lora.target_modules=[q_prj]")
+    assert "'q_prj' matches no linear layer; there are" in message
+
+
+def test_dpo_reads_reference_logprobs_from_the_runs_own_cache(recipe: Recipe, start: Path, tmp_path: Path, monkeypatch):
+    from trl import DPOTrainer
+
+    command = [
+        "dpo",
+        recipe("dpo"),
+        f"output_dir={tmp_path}/dpo",
+        f"model.path={start}",
+        "data.max_samples=8",
+        "on_save=[]",
+        "train.per_device_train_batch_size=4",
+        "save.save_steps=1",
+    ]
+    cli.main(command)
+    assert list((tmp_path / "dpo" / "data").rglob("cache-*.arrow"))
+    shutil.rmtree(tmp_path / "dpo" / "checkpoint-2")
+
+    def computed_again(*_args: object, **_kwargs: object) -> None:
+        raise AssertionError("the reference log-probs were computed a second time")
+
+    monkeypatch.setattr(DPOTrainer, "compute_ref_log_probs", computed_again)
+    cli.main(command)
+    assert (tmp_path / "dpo" / "checkpoint-2" / "model.safetensors").is_file()
+
+
+def test_a_failing_hook_costs_nothing(recipe: Recipe, start: Path, tmp_path: Path):
+    hook = tmp_path / "hook.py"
+    hook.write_text("def boom(checkpoint, recipe):\n    raise RuntimeError('disk on fire')\n")
+    cli.main(
+        [
+            "grpo",
+            recipe("grpo"),
+            f"output_dir={tmp_path / 'grpo'}",
+            f"model.path={start}",
+            *QUICK_GRPO,
+            f"on_save=[{hook}:boom, evaluate]",
+        ]
+    )
+    assert (tmp_path / "grpo" / "last" / "eval.json").is_file()
+
+
+def test_own_data_gsm8k(recipe: Recipe, shared_data: Path, tmp_path: Path):
+    train, test = (shared_data / "gsm8k" / f"{split}.jsonl" for split in ("train", "test"))
+    if not train.is_file():
+        pytest.skip(f"no {train}")
+    fields = [f"data.path={train}", "data.prompt_field=question"]
+    sft, grpo = tmp_path / "sft", tmp_path / "grpo"
+    quick_sft = [k for k in QUICK_SFT if "max_samples" not in k]
+    cli.main(["sft", recipe("sft"), f"output_dir={sft}", *fields, "data.response_field=answer", *quick_sft])
+    held_out = [
+        f"evaluation.data.path={test}",
+        "evaluation.data.prompt_field=question",
+        "evaluation.scorer=reward_models.math:numeric_answer",
+    ]
+    quick_grpo = [k for k in QUICK_GRPO if "max_samples" not in k]
+    cli.main(
+        [
+            "grpo",
+            recipe("grpo"),
+            f"output_dir={grpo}",
+            f"model.path={sft}/last",
+            *fields,
+            "data.answer_field=answer",
+            "rewards.0.function=reward_models.math:numeric_answer",
+            *held_out,
+            *quick_grpo,
+        ]
+    )
+    assert {"grpo/reward", "eval/exact_match"} <= set().union(*metrics(grpo))
+    result = tmp_path / "gsm8k.json"
+    cli.main(
+        [
+            "eval",
+            recipe("eval"),
+            f"model.path={grpo}/last",
+            *held_out,
+            "evaluation.max_tokens=16",
+            "evaluation.num_prompts=12",
+            f"output={result}",
+        ]
+    )
+    evaluation = json.loads(result.read_text())
+    assert evaluation["num_prompts"] == 12
+    assert 0 <= evaluation["metrics"]["exact_match"] <= 1

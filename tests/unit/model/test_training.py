@@ -1,0 +1,171 @@
+"""The RL training engine: cutting the batch or stopping and resuming never changes a number."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Dots1ForCausalLM, PreTrainedTokenizerFast
+
+from dots_align.checkpoint import save_model
+from dots_align.config import OptimSection
+from dots_align.model.dots1 import load_base_model
+from dots_align.model.training import ResponseScores, TrainingEngine, response_scores
+from dots_align.types import Trajectory
+
+# A large epsilon keeps Adam from blowing the rounding of vanishing gradients up to whole steps.
+OPTIM = OptimSection(learning_rate=1e-3, warmup_steps=2, weight_decay=0.1, adam_epsilon=1e-4)
+
+
+@pytest.fixture
+def trajectories(token_ids) -> list[Trajectory]:
+    prompts, answers = token_ids(4, 9, 4, 30, 6, 1), token_ids(7, 1, 12, 3, 20, 5, seed=1)
+    return [
+        Trajectory(prompt, answer, [-1.0] * len(answer), i // 2, float(i % 2))
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True))
+    ]
+
+
+def grpo_like(trajectories: list[Trajectory]) -> Callable[[ResponseScores], tuple[torch.Tensor, dict[str, float]]]:
+    """Clipped ratio times advantage, over the tokens of the whole batch."""
+    tokens = sum(len(t.response_ids) for t in trajectories)
+
+    def loss(scores: ResponseScores) -> tuple[torch.Tensor, dict[str, float]]:
+        advantages = torch.tensor([1.0 if trajectories[i].reward else -0.5 for i in scores.members])[:, None]
+        ratio = (scores.logprobs - scores.logprobs.detach()).exp()
+        value = -(advantages * ratio * scores.mask).sum() / tokens
+        return value, {"mean_logprob": float((scores.logprobs.detach() * scores.mask).sum() / scores.mask.sum())}
+
+    return loss
+
+
+def engine(model: Dots1ForCausalLM, micro_batch_tokens: int = 10_000) -> TrainingEngine:
+    return TrainingEngine(model, OPTIM, 10, micro_batch_tokens, temperature=0.7)
+
+
+def step(engine: TrainingEngine, trajectories: list[Trajectory]) -> dict[str, float]:
+    return engine.train_batch(trajectories, range(len(trajectories)), grpo_like(trajectories))
+
+
+def test_micro_batches_do_not_change_the_step(model: Dots1ForCausalLM, trajectories: list[Trajectory]) -> None:
+    results = []
+    for limit in (10_000, 40, 1):
+        trained = engine(copy.deepcopy(model), limit)
+        metrics = [step(trained, trajectories) for _ in range(2)]
+        results.append((metrics, dict(trained.model.named_parameters())))
+    (wanted, weights), *others = results
+    moved = max(float((weights[n] - p).abs().max()) for n, p in model.named_parameters())
+    assert moved > 1e-4
+    for metrics, found in others:
+        for a, b in zip(metrics, wanted, strict=True):
+            assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+        assert all(float((found[name] - weights[name]).abs().max()) < 1e-6 for name in weights)
+
+
+def test_metrics_are_means_over_the_tokens_of_the_batch(
+    model: Dots1ForCausalLM, trajectories: list[Trajectory]
+) -> None:
+    before = engine(model).infer_batch(trajectories, range(6))
+    metrics = step(engine(copy.deepcopy(model), 30), trajectories)
+    assert metrics["mean_logprob"] == pytest.approx(float(torch.cat(list(before.values())).mean()), abs=1e-4)
+    assert 0 < metrics["entropy"] < 6.3
+    assert metrics["grad_norm"] > 0
+
+
+def test_saving_and_loading_resumes_bit_identically(
+    model: Dots1ForCausalLM, tokenizer: PreTrainedTokenizerFast, trajectories: list[Trajectory], tmp_path: Path
+) -> None:
+    through, before = engine(model, 40), engine(copy.deepcopy(model), 40)
+    step(through, trajectories)
+    wanted = step(through, trajectories)
+    step(before, trajectories)
+    save_model(before.model, tokenizer, tmp_path)
+    before.save(tmp_path, 1)
+    resumed = engine(load_base_model(tmp_path, "float32", "packed", "grouped_mm"), 40)
+    assert resumed.load(tmp_path) == 1
+    assert resumed.learning_rate == before.learning_rate
+    assert step(resumed, trajectories) == wanted
+    assert resumed.learning_rate == through.learning_rate
+    found, state = resumed.model.state_dict(), through.model.state_dict()
+    assert found.keys() == state.keys()
+    assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def naive(model: Dots1ForCausalLM, trajectory: Trajectory, temperature: float) -> torch.Tensor:
+    ids = torch.tensor([trajectory.prompt_ids + trajectory.response_ids])
+    with torch.no_grad():
+        logits = model(ids, use_cache=False).logits[0, len(trajectory.prompt_ids) - 1 : -1]
+    picked = torch.tensor(trajectory.response_ids)[:, None]
+    return (logits / temperature).log_softmax(-1).gather(-1, picked).squeeze(-1)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_infer_batch_gives_the_logprobs_at_the_sampling_temperature(
+    model: Dots1ForCausalLM, trajectories: list[Trajectory], temperature: float
+) -> None:
+    found = TrainingEngine(model, OPTIM, 1, 25, temperature).infer_batch(trajectories, [5, 1, 4])
+    assert sorted(found) == [1, 4, 5]
+    for index, logprobs in found.items():
+        assert not logprobs.requires_grad
+        torch.testing.assert_close(logprobs, naive(model, trajectories[index], temperature), atol=1e-4, rtol=0)
+
+
+def test_infer_batch_of_a_reference_uses_the_reference(model: Dots1ForCausalLM, trajectories: list[Trajectory]) -> None:
+    reference = copy.deepcopy(model)
+    trained = engine(model)
+    step(trained, trajectories)  # the warm-up starts at a learning rate of 0
+    step(trained, trajectories)
+    found = trained.infer_batch(trajectories, [0], reference)[0]
+    torch.testing.assert_close(found, naive(reference, trajectories[0], 0.7), atol=1e-4, rtol=0)
+    assert not torch.allclose(found, trained.infer_batch(trajectories, [0])[0], atol=1e-3)
+
+
+def test_scores_are_zero_where_a_response_has_no_token(model: Dots1ForCausalLM, trajectories: list[Trajectory]) -> None:
+    scores = response_scores(model, trajectories, [2, 1], 1.0)
+    assert scores.mask.tolist() == [[1.0] * 12, [1.0] + [0.0] * 11]
+    assert scores.logprobs[1, 1:].tolist() == [0.0] * 11
+    assert scores.logprobs[1, 0] < 0
+    assert scores.boundaries == [0, 16, 26]
+    assert len(scores.entropy) == 13
+
+
+def test_an_empty_batch_moves_only_the_schedule(model: Dots1ForCausalLM) -> None:
+    trained, before = engine(model), copy.deepcopy(model.state_dict())
+    metrics = trained.train_batch([], [], grpo_like([]))
+    assert metrics == {"loss": 0.0, "grad_norm": 0.0}
+    assert trained.learning_rate == pytest.approx(5e-4)
+    assert all(torch.equal(before[name], t) for name, t in model.state_dict().items())
+
+
+def test_only_parameters_that_require_gradients_are_trained(
+    model: Dots1ForCausalLM, trajectories: list[Trajectory]
+) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name == "lm_head.weight")
+    before = copy.deepcopy(model.state_dict())
+    trained = engine(model)
+    step(trained, trajectories)
+    step(trained, trajectories)
+    assert [n for n, t in model.state_dict().items() if not torch.equal(before[n], t)] == ["lm_head.weight"]
+
+
+def test_the_observer_sees_every_trajectory_and_cannot_change_the_step(
+    model: Dots1ForCausalLM, trajectories: list[Trajectory]
+) -> None:
+    seen: list[int] = []
+
+    def observe(scores, recorded) -> None:
+        (routes,), (gaps,) = recorded.routes, recorded.gaps
+        assert len(routes) == len(gaps) == scores.boundaries[-1]
+        seen.extend(scores.members)
+
+    watched, plain = engine(model, 40), engine(copy.deepcopy(model), 40)
+    members = range(len(trajectories))
+    for _ in range(2):
+        found = watched.train_batch(trajectories, members, grpo_like(trajectories), observe)
+        assert found == plain.train_batch(trajectories, members, grpo_like(trajectories))
+    assert sorted(seen) == sorted([*members, *members])
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.model.parameters(), strict=True))

@@ -1,0 +1,304 @@
+"""Checkpoints: whole or not at all, found again, linked, dropped; loading says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Dots1ForCausalLM, PreTrainedTokenizerFast
+
+from dots_align.checkpoint import (
+    Hook,
+    Publisher,
+    best_checkpoint,
+    check_whole,
+    checkpoints,
+    ensure_start,
+    link,
+    load_model,
+    newest_whole,
+    save_model,
+    staged,
+    stored_dtype,
+    tensor_names,
+)
+from dots_align.config import DataSection, ModelSection, SaveSection, SftRecipe
+from dots_align.runtime import MetricsLog
+
+WEIGHTS = "model.safetensors"
+
+
+def recipe(output_dir: Path, **keys: Any) -> SftRecipe:
+    return SftRecipe(stage="sft", output_dir=str(output_dir), data=DataSection(path="synthetic:sft"), **keys)
+
+
+def publish(run_dir: Path, step: int, exact_match: float | None = None) -> Path:
+    """A published checkpoint of two small files, evaluated if a score is given."""
+    final = run_dir / f"checkpoint-{step}"
+    with staged(final, {"stage": "sft", "step": step}) as staging:
+        (staging / "config.json").write_text("{}")
+        (staging / WEIGHTS).write_bytes(b"weights" * step)
+    if exact_match is not None:
+        (final / "eval.json").write_text(json.dumps({"metrics": {"exact_match": exact_match}}))
+    return final
+
+
+def publisher(run_dir: Path, hooks: list[tuple[str, Hook]] | None = None, limit: int | None = None) -> Publisher:
+    return Publisher(run_dir, recipe(run_dir, save=SaveSection(save_total_limit=limit)), "hash", hooks or [])
+
+
+def names(run_dir: Path) -> list[str]:
+    return sorted(p.name for p in run_dir.iterdir())
+
+
+def test_a_checkpoint_appears_whole(tmp_path: Path) -> None:
+    final = tmp_path / "checkpoint-1"
+    with staged(final, {"stage": "sft"}) as staging:
+        (staging / "config.json").write_text("{}")
+        (staging / "sub").mkdir()
+        (staging / "sub" / "x.bin").write_bytes(b"12345")
+        assert not final.exists()
+    assert names(tmp_path) == ["checkpoint-1"]
+    manifest = json.loads((final / "manifest.json").read_text())
+    assert {"format", "stage", "version", "created", "files"} <= manifest.keys()
+    assert {name: entry["bytes"] for name, entry in manifest["files"].items()} == {"config.json": 2, "sub/x.bin": 5}
+    check_whole(final)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), staged(tmp_path / "checkpoint-1", {}) as staging:  # noqa: PT012
+        (staging / "config.json").write_text("{}")
+        raise error
+    assert names(tmp_path) == []
+
+
+def test_what_a_killed_process_left_behind_is_not_taken_over(tmp_path: Path) -> None:
+    leftover = tmp_path / ".checkpoint-1.staging"
+    leftover.mkdir()
+    (leftover / "half").write_text("x")
+    assert checkpoints(tmp_path) == []
+    publish(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-1"]
+    assert not (tmp_path / "checkpoint-1" / "half").exists()
+
+
+def test_files_are_readable_by_others(tmp_path: Path) -> None:
+    final = tmp_path / "checkpoint-1"
+    with staged(final, {}) as staging:
+        (staging / "secret.safetensors").touch(mode=0o600)
+    mode = (final / "manifest.json").stat().st_mode
+    assert (final / "secret.safetensors").stat().st_mode == mode
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    final = publish(tmp_path, 2)
+    (final / WEIGHTS).write_bytes(b"short")
+    with pytest.raises(ValueError, match=r"model\.safetensors has 5 bytes, manifest\.json says 14; copy it again"):
+        check_whole(final)
+    (final / WEIGHTS).unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing, which manifest\.json names; copy the check"):
+        check_whole(final)
+    shutil.rmtree(final)
+    with pytest.raises(ValueError, match="no such checkpoint directory"):
+        check_whole(final)
+    final.mkdir()
+    with pytest.raises(ValueError, match="not a checkpoint directory"):
+        check_whole(final)
+
+
+def test_a_missing_shard_is_named(tmp_path: Path) -> None:
+    """As of a hub download that stopped: an index but not all of its files, and no manifest."""
+    (tmp_path / "config.json").write_text("{}")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model-00001-of-00002.safetensors").write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"model-00002-of-00002\.safetensors is missing, which model\.safe"):
+        check_whole(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").write_bytes(b"x")
+    check_whole(tmp_path)
+
+
+def test_a_directory_without_weights_is_not_whole(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
+        check_whole(tmp_path)
+
+
+def test_an_edited_card_and_an_evaluation_do_no_damage(tmp_path: Path) -> None:
+    final = publish(tmp_path, 1, exact_match=0.5)
+    (final / "README.md").write_text("a card")
+    check_whole(final)
+
+
+def test_the_newest_whole_checkpoint_is_found_by_number(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert newest_whole(tmp_path) is None
+    for step in (9, 10, 100):
+        publish(tmp_path, step)
+    (tmp_path / "checkpoint-final").mkdir()
+    assert [p.name for p in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
+    (tmp_path / "checkpoint-100" / WEIGHTS).unlink()
+    with caplog.at_level(logging.WARNING, "dots_align"):
+        assert newest_whole(tmp_path) == tmp_path / "checkpoint-10"
+    assert "checkpoint-100: model.safetensors is missing" in caplog.text
+    (tmp_path / "checkpoint-10" / "manifest.json").write_text("{ torn")
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-9"
+
+
+def test_best_is_the_highest_exact_match_and_the_newest_of_equals(tmp_path: Path) -> None:
+    publish(tmp_path, 5)
+    assert best_checkpoint(tmp_path) is None
+    for step, score in ((10, 0.5), (20, 0.7), (30, 0.7), (40, 0.1)):
+        publish(tmp_path, step, score)
+    assert best_checkpoint(tmp_path) == tmp_path / "checkpoint-30"
+
+
+def test_links_follow_a_moved_run(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    publishing = publisher(run)
+    publishing.after_publish(publish(run, 1, 0.9))
+    publishing.after_publish(publish(run, 2, 0.1))
+    assert os.readlink(run / "last") == "checkpoint-2"
+    assert os.readlink(run / "best") == "checkpoint-1"
+    run.rename(tmp_path / "moved")
+    check_whole(tmp_path / "moved" / "best")
+    assert (tmp_path / "moved" / "last").resolve() == (tmp_path / "moved" / "checkpoint-2").resolve()
+    link(tmp_path / "moved", "last", tmp_path / "moved" / "checkpoint-1")
+    assert os.readlink(tmp_path / "moved" / "last") == "checkpoint-1"
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"), [(None, [1, 2, 3, 4, 5]), (1, [2, 5]), (2, [2, 4, 5]), (9, [1, 2, 3, 4, 5])]
+)
+def test_old_checkpoints_go_but_the_best_stays(tmp_path: Path, limit: int | None, kept: list[int]) -> None:
+    publishing = publisher(tmp_path, limit=limit)
+    for step, score in ((1, 0.1), (2, 0.9), (3, 0.2), (4, 0.3), (5, 0.4)):
+        publishing.after_publish(publish(tmp_path, step, score))
+    assert [c.name for c in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in kept]
+    assert (tmp_path / "best").resolve().name == "checkpoint-2"
+
+
+def test_a_failing_hook_is_reported_and_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[Path] = []
+
+    def broken(checkpoint: Path, recipe: Any) -> None:
+        raise ZeroDivisionError("oh no")
+
+    def good(checkpoint: Path, recipe: Any) -> dict[str, float]:
+        check_whole(checkpoint)
+        seen.append(checkpoint)
+        torch.rand(1), random.random()
+        return {"eval/mine": 1.5}
+
+    def silent(checkpoint: Path, recipe: Any) -> None:
+        seen.append(checkpoint)
+
+    state = torch.get_rng_state(), random.getstate()
+    final = publish(tmp_path, 1)
+    with caplog.at_level(logging.ERROR, "dots_align"):
+        hooks: list[tuple[str, Hook]] = [("a:broken", broken), ("a:good", good), ("a:silent", silent)]
+        metrics = publisher(tmp_path, hooks).after_publish(final)
+    assert metrics == {"eval/mine": 1.5}
+    assert seen == [final, final]
+    assert "a:broken" in caplog.text
+    assert "ZeroDivisionError: oh no" in caplog.text
+    assert (tmp_path / "last").resolve() == final.resolve()
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert random.getstate() == state[1]
+
+
+def test_hooks_that_a_crash_cut_off_are_made_up_for_once(tmp_path: Path) -> None:
+    calls: list[Path] = []
+
+    def evaluate(checkpoint: Path, recipe: Any) -> dict[str, float]:
+        calls.append(checkpoint)
+        (checkpoint / "eval.json").write_text(json.dumps({"metrics": {"exact_match": 0.5}}))
+        return {"eval/exact_match": 0.5}
+
+    final = publish(tmp_path, 3)
+    publishing, log = publisher(tmp_path, [("evaluate", evaluate)]), MetricsLog(tmp_path, 3)
+    publishing.finish_hooks(final, log)
+    publishing.finish_hooks(final, log)
+    assert calls == [final]
+    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert (line["step"], line["eval/exact_match"]) == (3, 0.5)
+
+
+def test_loading_gives_model_and_tokenizer(model_dir: Path, loaded_model: Dots1ForCausalLM) -> None:
+    model, tokenizer = load_model(ModelSection(path=str(model_dir)))
+    assert model.config._attn_implementation == "dots_align_packed"
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded_model.parameters(), strict=True))
+    assert tokenizer.eos_token == "<|endofresponse|>"
+    assert stored_dtype(model_dir) == "float32"
+    assert "model.layers.2.mlp.experts.15.up_proj.weight" in tensor_names(model_dir)
+
+
+@pytest.fixture
+def copied(model_dir: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(model_dir, tmp_path / "copy"))
+
+
+def edit_config(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    change(config)
+    (directory / "config.json").write_text(json.dumps(config))
+    (directory / "manifest.json").unlink()
+
+
+def test_loading_another_architecture_is_refused(copied: Path) -> None:
+    edit_config(copied, lambda config: config.update(architectures=["Qwen2ForCausalLM"]))
+    with pytest.raises(ValueError, match=r"this is a Qwen2ForCausalLM checkpoint; dots_align trains Dots1ForCausalLM"):
+        load_model(ModelSection(path=str(copied)))
+
+
+def test_loading_torn_weights_is_refused(copied: Path) -> None:
+    weights = copied / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"manifest\.json says"):
+        load_model(ModelSection(path=str(copied)))
+    (copied / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        load_model(ModelSection(path=str(copied)))
+
+
+def test_loading_nothing_says_what_to_give(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.path is not set; give a checkpoint directory, or model\.preset=tiny"):
+        load_model(ModelSection())
+    with pytest.raises(ValueError, match="no such checkpoint directory"):
+        load_model(ModelSection(path=str(tmp_path / "none")))
+
+
+def test_fresh_weights_are_made_once_and_kept(tmp_path: Path) -> None:
+    first = ensure_start(recipe(tmp_path, model=ModelSection(preset="tiny")), tmp_path)
+    assert (first.path, first.preset) == (str(tmp_path / "init"), None)
+    written = (tmp_path / "init" / WEIGHTS).stat().st_mtime_ns
+    again = ensure_start(recipe(tmp_path, model=ModelSection(preset="tiny")), tmp_path)
+    assert again == first
+    assert (tmp_path / "init" / WEIGHTS).stat().st_mtime_ns == written
+    model, tokenizer = load_model(first)
+    assert model.config.vocab_size == len(tokenizer) == 512
+    assert model.generation_config.eos_token_id == sorted([tokenizer.eos_token_id, tokenizer.pad_token_id])
+
+
+def test_a_start_from_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    section = ModelSection(path="somewhere")
+    assert ensure_start(recipe(tmp_path, model=section), tmp_path) == section
+    assert names(tmp_path) == []
+
+
+def test_saving_writes_the_hubs_layout(
+    model: Dots1ForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    save_model(model, tokenizer, tmp_path)
+    found = tensor_names(tmp_path)
+    assert "model.layers.1.mlp.gate.e_score_correction_bias" in found
+    assert "model.layers.1.mlp.experts.0.gate_proj.weight" in found
+    assert not any("gate_up_proj" in name for name in found)

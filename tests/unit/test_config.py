@@ -1,0 +1,274 @@
+"""Recipes: what loads, and what a person is told about what does not."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dots_align.config import RECIPES, load_recipe, recipe_dict, recipe_differences
+
+ROOT = Path(__file__).resolve().parents[2]
+# Folders under recipes/ whose files belong to other programs.
+FOREIGN = {"accelerate", "deepspeed", "verl"}
+SHIPPED = [p for p in sorted((ROOT / "recipes").rglob("*.yaml")) if not FOREIGN & set(p.parts)]
+
+GRPO = """\
+stage: grpo
+output_dir: out
+data:
+  path: synthetic:prompts
+rewards:
+  - function: a:b
+optim:
+  learning_rate: 1.0e-4
+"""
+PIPELINE = """\
+stage: pipeline
+output_dir: out
+stages:
+  - recipe: recipes/tiny/sft.yaml
+  - recipe: recipes/tiny/grpo.yaml
+    overrides: [train.max_steps=3]
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    return write
+
+
+def complaint(path: Path, *overrides: str, stage: str | None = None) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - the callers look at the message
+        load_recipe(path, overrides, stage)
+    return str(caught.value)
+
+
+def line_of(text: str, needle: str) -> int:
+    return next(n for n, line in enumerate(text.splitlines(), start=1) if needle in line)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[str(p.relative_to(ROOT)) for p in SHIPPED])
+def test_shipped_recipe_loads(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert recipe.stage == yaml.safe_load(path.read_text(encoding="utf-8"))["stage"]
+    for stage in getattr(recipe, "stages", ()):
+        assert load_recipe(ROOT / stage.recipe, stage.overrides).stage in RECIPES
+
+
+def test_there_is_a_tiny_recipe_for_every_stage() -> None:
+    stages = {load_recipe(p).stage for p in SHIPPED if p.parent.name == "tiny"}
+    assert stages == set(RECIPES)
+
+
+def test_defaults_are_filled_in_and_values_typed(write) -> None:
+    recipe = load_recipe(write(GRPO))
+    assert recipe.rewards[0].weight == 1.0
+    assert recipe.rollout.group_size == 8
+    assert recipe.optim.learning_rate == 1e-4
+    plain = recipe_dict(recipe)
+    assert json.loads(json.dumps(plain)) == plain
+    assert load_recipe(write(yaml.safe_dump(plain))) == recipe
+
+
+def test_a_recipe_cannot_be_changed_after_loading(write) -> None:
+    recipe = load_recipe(write(GRPO))
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.optim.learning_rate = 1.0
+
+
+@pytest.mark.parametrize(
+    ("added", "needle", "key", "nearest"),
+    [
+        ("modle:\n  preset: tiny\n", "modle", "modle", "model"),
+        ("rollout:\n  group_sise: 4\n", "group_sise", "rollout.group_sise", "rollout.group_size"),
+        ("learning_rate: 1.0\n", "learning_rate: 1.0\n", "learning_rate", "optim.learning_rate"),
+        ("algorithm: {clip_ratio: 0.2}\n", "clip_ratio", "algorithm.clip_ratio", "algorithm.clip_ratio"),
+    ],
+)
+def test_unknown_key_names_the_line_and_the_nearest(write, added: str, needle: str, key: str, nearest: str) -> None:
+    path = write(GRPO + added)
+    told = complaint(path)
+    line = len(GRPO.splitlines()) + line_of(added, needle.strip())
+    assert told.startswith(f"{path}:{line}: unknown key `{key}`; did you mean `{nearest}")
+
+
+def test_unknown_key_in_a_list_item(write) -> None:
+    text = GRPO.replace("a:b\n", "a:b\n    wieght: 2\n")
+    path = write(text)
+    first = complaint(path).splitlines()[0]
+    assert first == (
+        f"{path}:{line_of(text, 'wieght')}: unknown key `rewards.0.wieght`; did you mean `rewards.weight`?"
+    )
+
+
+@pytest.mark.xfail(strict=True, reason="a wrong key in the only item also says that the list is too short")
+def test_unknown_key_in_a_list_item_is_one_complaint(write) -> None:
+    told = complaint(write(GRPO.replace("a:b\n", "a:b\n    wieght: 2\n")))
+    assert len(told.splitlines()) == 1
+
+
+def test_unknown_key_like_no_other_lists_its_neighbours(write) -> None:
+    told = complaint(write(GRPO + "logging:\n  qqqq: 1\n"))
+    assert "keys here are logging_steps, report_to" in told
+
+
+def test_wrong_type_and_range_show_what_was_found(write) -> None:
+    text = GRPO + "train:\n  max_steps: many\n  num_minibatches: 0\n"
+    path = write(text)
+    lines = complaint(path).splitlines()
+    assert len(lines) == 2  # everything that is wrong at once
+    assert lines[0].startswith(f"{path}:{line_of(text, 'max_steps')}: `train.max_steps`")
+    assert "'many'" in lines[0]
+    assert lines[1].startswith(f"{path}:{line_of(text, 'num_minibatches')}: `train.num_minibatches`")
+    assert lines[1].endswith("found 0")
+
+
+def test_wrong_choice_lists_the_choices(write) -> None:
+    told = complaint(write(GRPO + "algorithm: {policy_loss: vanila}\n"))
+    assert "`algorithm.policy_loss`" in told
+    assert "'vanilla'" in told
+
+
+def test_missing_keys_say_how_to_give_them(write) -> None:
+    path = write("stage: grpo\noutput_dir: out\n")
+    lines = complaint(path).splitlines()
+    assert [line.split("`")[1] for line in lines] == ["data", "rewards"]
+    assert "data=…" in lines[0]
+
+
+@pytest.mark.parametrize(("text", "line"), [("stage: sft\noptim: {a: 1\nseed: 2\n", 3), ("stage: sft\n\tseed: 3\n", 2)])
+def test_broken_yaml_names_the_line(write, text: str, line: int) -> None:
+    path = write(text)
+    assert complaint(path).startswith(f"{path}:{line}: not valid YAML")
+
+
+@pytest.mark.parametrize(("text", "found"), [("", "NoneType"), ("- a\n- b\n", "list"), ("hello\n", "str")])
+def test_a_file_that_is_no_mapping(write, text: str, found: str) -> None:
+    assert complaint(write(text)).endswith(f"found {found}")
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    assert "no such recipe file" in complaint(tmp_path / "none.yaml")
+
+
+def test_unknown_stage_lists_the_stages(write) -> None:
+    path = write("stage: gpro\n")
+    assert complaint(path) == f"{path}:1: `stage` must be one of sft, dpo, grpo, eval, pipeline, found 'gpro'"
+
+
+def test_recipe_of_another_stage_says_what_to_run(write) -> None:
+    path = write(GRPO)
+    assert complaint(path, stage="sft") == (f"{path}: this is a recipe for stage 'grpo'; run `dots-align grpo {path}`")
+
+
+def test_overrides_nested_list_index_null_and_new_section(write) -> None:
+    recipe = load_recipe(
+        write(GRPO + "save: {save_steps: 5}\n"),
+        [
+            "optim.learning_rate=2e-6",
+            "rewards.0.weight=0.5",
+            "save.save_steps=null",
+            "train.max_steps=7",
+            "data.system_prompt=a=b",
+            "logging.report_to=[tensorboard]",
+        ],
+    )
+    assert recipe.optim.learning_rate == 2e-6
+    assert (recipe.rewards[0].function, recipe.rewards[0].weight) == ("a:b", 0.5)
+    assert recipe.save.save_steps is None
+    assert recipe.train.max_steps == 7
+    assert recipe.data.system_prompt == "a=b"
+    assert recipe.logging.report_to == ("tensorboard",)
+
+
+def test_the_last_override_wins(write) -> None:
+    assert load_recipe(write(GRPO), ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize("override", ["novalue", "=3", "optim.learning_rate"])
+def test_override_without_a_key_or_value(write, override: str) -> None:
+    assert complaint(write(GRPO), override).startswith(f"override {override!r}: write key=value")
+
+
+def test_complaints_about_overrides_name_the_override(write) -> None:
+    told = complaint(write(GRPO), "optim.learning_rat=1", "train.max_steps=0")
+    assert (
+        "override 'optim.learning_rat=1': unknown key `optim.learning_rat`; did you mean `optim.learning_rate`" in told
+    )
+    assert "override 'train.max_steps=0': `train.max_steps`" in told
+
+
+def test_override_outside_a_list(write) -> None:
+    assert complaint(write(GRPO), "rewards.3.weight=1") == (
+        "override 'rewards.3.weight=1': rewards is a list of 1; '3' is not in it"
+    )
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        pytest.param("rewards.3=1", marks=pytest.mark.xfail(strict=True, raises=IndexError, reason="IndexError")),
+        pytest.param("rewards.x=1", marks=pytest.mark.xfail(strict=True, reason="int()'s own message")),
+    ],
+)
+def test_override_of_a_whole_item_outside_a_list(write, override: str) -> None:
+    assert complaint(write(GRPO), override).startswith(f"override {override!r}")
+
+
+def test_pipeline_overrides_go_to_their_stage(write) -> None:
+    recipe = load_recipe(write(PIPELINE), ["grpo.rollout.top_k=5", "sft.seed=3", "start_from=best"])
+    assert recipe.stages[0].overrides == ("seed=3",)
+    assert recipe.stages[1].overrides == ("train.max_steps=3", "rollout.top_k=5")
+    assert recipe.start_from == "best"
+    stage = load_recipe(ROOT / recipe.stages[1].recipe, recipe.stages[1].overrides)
+    assert (stage.train.max_steps, stage.rollout.top_k) == (3, 5)
+
+
+def test_pipeline_override_for_no_stage_lists_the_stages(write) -> None:
+    assert complaint(write(PIPELINE), "gpro.seed=1") == (
+        "override 'gpro.seed=1': no stage 'gpro' in this pipeline; there are sft, grpo"
+    )
+
+
+def test_evaluate_without_an_evaluation_section(write) -> None:
+    assert "no `evaluation:` section" in complaint(write(GRPO + "on_save: [evaluate]\n"))
+
+
+def test_path_and_preset_exclude_each_other(write) -> None:
+    path = write(GRPO + "model: {preset: tiny}\n")
+    assert "exclude each other" in complaint(path, "model.path=somewhere")
+    assert load_recipe(path, ["model.path=somewhere", "model.preset=null"]).model.path == "somewhere"
+
+
+def test_recipe_differences_are_dotted_and_show_both_values(write) -> None:
+    def plain(*overrides: str) -> dict[str, Any]:
+        return recipe_dict(load_recipe(write(GRPO), overrides))
+
+    assert recipe_differences(plain(), plain()) == []
+    assert recipe_differences(plain(), plain("optim.learning_rate=2e-4", "data.system_prompt=你好", "seed=1")) == [
+        'data.system_prompt: null -> "你好"',
+        "optim.learning_rate: 0.0001 -> 0.0002",
+        "seed: 0 -> 1",
+    ]
+    assert recipe_differences({"a": 1}, {"b": {"c": 2}}) == ["a: 1 -> null", 'b: null -> {"c": 2}']
+
+
+def test_reading_a_recipe_imports_no_heavy_library() -> None:
+    """`dots-align --help` and a typo in a recipe answer at once."""
+    code = (
+        "import sys, dots_align.config, dots_align.types, dots_align.cli\n"
+        "print([m for m in ('torch', 'transformers', 'numpy', 'trl', 'verl', 'datasets') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
