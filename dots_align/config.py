@@ -81,12 +81,12 @@ class TrainSection(Section):
 
 
 class LoraSection(Section):
-    """A LoRA adapter (PEFT). `target_modules` are suffixes of module names."""
+    """A LoRA adapter (PEFT) on attention. `target_modules` are suffixes of module names."""
 
     r: int = Field(default=16, ge=1)
     lora_alpha: int = Field(default=32, ge=1)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class SaveSection(Section):
@@ -132,7 +132,8 @@ class RolloutSection(Section):
 AdvantageEstimator = Literal[
     "grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo", "grpo_passk", "gpg"
 ]
-PolicyLoss = Literal["vanilla", "gspo", "sapo", "clip_cov", "kl_cov", "geo_mean", "cispo", "gpg"]
+# verl's clip_cov, kl_cov and geo_mean take statistics of the micro-batch: cutting a batch would change the result.
+PolicyLoss = Literal["vanilla", "gspo", "sapo", "cispo", "gpg"]
 LossAggregation = Literal[
     "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
 ]
@@ -199,6 +200,25 @@ class SftRecipe(_StageRecipe):
     lora: LoraSection | None = None
 
 
+DpoLoss = Literal[
+    "sigmoid",
+    "hinge",
+    "ipo",
+    "exo_pair",
+    "nca_pair",
+    "robust",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "sigmoid_norm",
+]
+
+
 class DpoRecipe(_StageRecipe):
     """Direct preference optimisation. `loss_type` and `loss_weights` are TRL's; `beta` is the strength of the KL
     anchor.
@@ -208,8 +228,16 @@ class DpoRecipe(_StageRecipe):
     train: TrainSection = TrainSection()
     lora: LoraSection | None = None
     beta: float = Field(default=0.1, gt=0)
-    loss_type: tuple[str, ...] = ("sigmoid",)
+    loss_type: tuple[DpoLoss, ...] = ("sigmoid",)
     loss_weights: tuple[float, ...] | None = None
+
+    @model_validator(mode="after")
+    def _one_weight_each(self):
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"loss_weights has {len(self.loss_weights)} entries for {len(self.loss_type)} loss_type; give one each"
+            )
+        return self
 
 
 class GrpoRecipe(_StageRecipe):
@@ -275,6 +303,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | No
     try:
         values = yaml.safe_load(text)
         lines = _key_lines(text)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -295,7 +325,11 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | No
     try:
         return RECIPES[found].model_validate(values)
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(e, RECIPES[found], origins, path) for e in error.errors())) from None
+        problems = error.errors()
+        # A list whose only item is wrong is also called too short; the item is what to mend.
+        deeper = {e["loc"][:n] for e in problems for n in range(len(e["loc"]))}
+        problems = [e for e in problems if e["type"] != "too_short" or e["loc"] not in deeper]
+        raise ValueError("\n".join(_explain(e, RECIPES[found], origins, path) for e in problems)) from None
 
 
 def recipe_dict(recipe: Section) -> dict[str, Any]:
@@ -324,7 +358,10 @@ def _key_lines(text: str) -> dict[tuple[str, ...], int]:
     def walk(node: yaml.Node | None, at: tuple[str, ...]) -> None:
         if isinstance(node, yaml.MappingNode):
             for key, value in node.value:
-                lines[(*at, str(key.value))] = key.start_mark.line + 1
+                line = key.start_mark.line + 1
+                if (first := lines.get((*at, str(key.value)))) is not None:
+                    raise ValueError(f"line {line}: `{key.value}` is given twice, first in line {first}; keep one")
+                lines[(*at, str(key.value))] = line
                 walk(value, (*at, str(key.value)))
         elif isinstance(node, yaml.SequenceNode):
             for index, value in enumerate(node.value):
@@ -370,6 +407,10 @@ def _apply_override(values: dict[str, Any], override: str, origins: dict[tuple[s
             here[part] = {}
         here = here[part]
     if isinstance(here, list):
+        if not path[-1].isdigit() or int(path[-1]) >= len(here):
+            raise ValueError(
+                f"override {override!r}: {'.'.join(path[:-1])} is a list of {len(here)}; {path[-1]!r} is not in it"
+            )
         here[int(path[-1])] = value
     else:
         here[path[-1]] = value

@@ -138,10 +138,10 @@ def open_run_directory(recipe: Any) -> Path:
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"output_dir={directory}: this is a file; choose another output_dir")
     if directory.is_dir() and any(directory.iterdir()):
-        if record.is_file() and (recipe.overwrite or _never_started(directory, recipe)):
+        if _is_ours(record) and (recipe.overwrite or _never_started(directory, recipe)):
             shutil.rmtree(directory)
         elif problem := _foreign(directory, record, recipe):
-            remedy = ", or give overwrite=true to delete what is there" if record.is_file() else ""
+            remedy = ", or give overwrite=true to delete what is there" if _is_ours(record) else ""
             raise ValueError(f"output_dir={directory}: {problem}; choose another output_dir{remedy}")
     if not record.is_file():
         directory.mkdir(parents=True, exist_ok=True)
@@ -158,9 +158,17 @@ def open_run_directory(recipe: Any) -> Path:
     return directory
 
 
+def _is_ours(record: Path) -> bool:
+    """Whether a run.json was written here, not by something else that uses the name."""
+    try:
+        return {"stage", "recipe", "recipe_hash", "version"} <= json.loads(record.read_text(encoding="utf-8")).keys()
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def _never_started(directory: Path, recipe: Any) -> bool:
     """Whether another recipe got no further here than its start weights, because its data was refused, say."""
-    made_before_training = {"run.json", "init", "data"}
+    made_before_training = {"run.json", "init", "preference_pairs"}
     started = any(p.name.removeprefix(".") not in made_before_training for p in directory.iterdir())
     return not started and _foreign(directory, directory / "run.json", recipe) is not None
 
@@ -240,7 +248,7 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.is_file() or not is_main_process():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: text may hold U+2028
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)

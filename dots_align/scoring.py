@@ -58,7 +58,12 @@ class RewardSum:
     """
 
     def __init__(self, rewards: Sequence[tuple[str, float]]) -> None:
-        self._parts = [(_short(n), load_function(n, "rewards.function"), weight) for n, weight in rewards]
+        short = [name.rpartition(":")[2] for name, _ in rewards]
+        names = [s if short.count(s) == 1 else name for s, (name, _) in zip(short, rewards, strict=True)]
+        self._parts = [
+            (shown, load_function(name, "rewards.function"), weight)
+            for shown, (name, weight) in zip(names, rewards, strict=True)
+        ]
         self.num_errors = 0
         self._reported: set[str] = set()
 
@@ -85,7 +90,3 @@ class RewardSum:
                 )
             return 0.0
         return value
-
-
-def _short(name: str) -> str:
-    return name.rpartition(":")[2]

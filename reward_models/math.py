@@ -7,7 +7,7 @@ from decimal import Decimal, InvalidOperation
 
 from dots_align.types import Response
 
-_BOXED = re.compile(r"\\boxed\{([^{}]*)\}")
+_BOX = r"\boxed{"
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
@@ -15,10 +15,10 @@ def boxed_answer(response: Response) -> float:
     r"""1 if the turn was ended and its last `\boxed{…}` holds the reference answer, compared as numbers where both
     are.
     """
-    boxes = _BOXED.findall(response.text)
-    if not boxes or response.finish_reason != "stop":
+    box, wanted = last_box(response.text), (response.prompt.answer or "").strip()
+    if box is None or not wanted or response.finish_reason != "stop":
         return 0.0
-    return float(_same(boxes[-1], response.prompt.answer or ""))
+    return float(_same(box, wanted))
 
 
 def numeric_answer(response: Response) -> float:
@@ -29,12 +29,26 @@ def numeric_answer(response: Response) -> float:
     return float(found is not None and found == wanted)
 
 
+def last_box(text: str) -> str | None:
+    r"""What the last `\boxed{…}` holds, braces inside included; None if there is no closed box."""
+    found, start = None, text.find(_BOX)
+    while start >= 0:
+        depth, at = 1, start + len(_BOX)
+        while at < len(text) and depth:
+            depth += {"{": 1, "}": -1}.get(text[at], 0)
+            at += 1
+        if not depth:
+            found = text[start + len(_BOX) : at - 1]
+        start = text.find(_BOX, start + len(_BOX))
+    return found
+
+
 def last_number(text: str) -> Decimal | None:
     """The number a worked solution ends with: boxed if there is a box, after `####` (GSM8K) if there is one, else
     the last.
     """
-    if boxes := _BOXED.findall(text):
-        text = boxes[-1]
+    if (box := last_box(text)) is not None:
+        text = box
     elif "####" in text:
         text = text.rpartition("####")[2]
     numbers = _NUMBER.findall(text)

@@ -1,8 +1,8 @@
 """Packing conversations into rows of at most `max_length` tokens, in random order.
 
-Packing by falling length (best fit decreasing) fills rows best but puts conversations of one length, so often of one kind, into one
-row, and a batch of few rows is then badly mixed. Here each conversation, in shuffled order, goes into the fullest of a few
-open rows that has room.
+Packing by falling length (best fit decreasing) fills rows best but puts conversations of one length, so often of one
+kind, into one row, and a batch of few rows is then badly mixed. Here each conversation, in shuffled order, goes into
+the fullest of a few open rows that has room.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ OPEN_ROWS = 32
 def pack_conversations(
     encoded: Sequence[EncodedConversation], max_length: int, seed: int
 ) -> list[dict[str, list[int]]]:
-    """Rows `{input_ids, labels, seq_lengths}` (TRL's names); `seq_lengths` are the lengths of the conversations in a row.
+    """Rows `{input_ids, labels, seq_lengths}` (TRL's names); `seq_lengths` are those of the conversations in a row.
 
     Invariant: every conversation is in exactly one row, whole; no row is longer than `max_length`.
     """

@@ -81,13 +81,15 @@ def _read(data: DataSection, parse: Callable[[dict[str, Any], str], Record]) -> 
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             source = f"{path}:{number}"
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{source}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{source}: broken JSON at column {error.colno} ({error.msg}); fix or remove this line"
@@ -119,9 +121,17 @@ def _text(row: dict[str, Any], field: str, source: str, key: str) -> str:
     value = row[field]
     if not isinstance(value, str):
         raise ValueError(f"{source}: field {field!r} must be text, found {type(value).__name__}")
+    _check_unicode(value, f"{source}: field {field!r}")
     if not value.strip():
         raise ValueError(f"{source}: field {field!r} is empty; fill it in or remove this record")
     return value
+
+
+def _check_unicode(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} holds half of a surrogate pair, no valid Unicode; mend or remove it") from None
 
 
 def _messages(value: Any, field: str, source: str) -> list[Message]:
@@ -139,6 +149,7 @@ def _messages(value: Any, field: str, source: str) -> list[Message]:
             raise ValueError(f"{where} has the unknown role {role!r}; give one of {', '.join(ROLES)}")
         if not isinstance(content, str):
             raise ValueError(f"{where} has no text in `content`")
+        _check_unicode(content, f"{where}.content")
         if role == "system" and index > 0:
             raise ValueError(f"{where}: a system message may only come first")
         messages.append(Message(role, content))

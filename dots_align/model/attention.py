@@ -19,7 +19,12 @@ IMPLEMENTATION = "dots_align_packed"
 
 
 def packed_causal_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, boundaries: torch.Tensor, scaling: float
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    scaling: float,
+    dropout: float = 0.0,
 ) -> torch.Tensor:
     """Causal attention within each of the packed sequences.
 
@@ -27,6 +32,7 @@ def packed_causal_attention(
         query, key, value: [N, H, D] of all tokens (as many key-value heads as query heads).
         boundaries: [S + 1] start of each sequence, and N at the end (flash attention's `cu_seq_lens`).
         scaling: factor of the scores.
+        dropout: probability with which a weight is dropped.
 
     Returns:
         [N, H, D]
@@ -45,7 +51,9 @@ def packed_causal_attention(
         # Padding repeats the last token: causality keeps it from everything before it, and its own output is dropped.
         index = starts[:, None] + torch.minimum(offsets[None], sizes[:, None] - 1)
         q, k, v = (x[index].transpose(1, 2) for x in (query, key, value))
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling).transpose(1, 2)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, dropout_p=dropout).transpose(
+            1, 2
+        )
         output = output.index_put((index[real],), attended[real])
     return output
 
@@ -62,13 +70,13 @@ def packed_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: packed where the caller gives `cu_seq_lens_q`, else plain SDPA."""
-    if cu_seq_lens_q is None or query.shape[0] != 1 or dropout:
+    if cu_seq_lens_q is None or query.shape[0] != 1:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     repeats = q.shape[1] // k.shape[1]
     if repeats > 1:
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
-    return packed_causal_attention(q, k, v, cu_seq_lens_q.to(q.device).long(), scaling)[None], None
+    return packed_causal_attention(q, k, v, cu_seq_lens_q.to(q.device).long(), scaling, dropout)[None], None
 
 
 def _mask(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor | None:

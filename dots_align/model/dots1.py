@@ -112,23 +112,27 @@ def load_base_model(
         ValueError: a tensor is missing or has the wrong shape; transformers alone would go on with random values.
     """
     packed = attn_implementation == "packed"
+    wrong = "the checkpoint is not whole, or not of the model its config.json describes"
     with torch.random.fork_rng():
-        loaded: Any = Dots1ForCausalLM.from_pretrained(
-            path,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attention.IMPLEMENTATION if packed else attn_implementation,
-            experts_implementation=experts_implementation,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        try:
+            loaded: Any = Dots1ForCausalLM.from_pretrained(
+                path,
+                dtype=getattr(torch, dtype),
+                attn_implementation=attention.IMPLEMENTATION if packed else attn_implementation,
+                experts_implementation=experts_implementation,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, by name
+            )
+        except RuntimeError as error:
+            raise ValueError(f"{path}: {wrong} ({str(error).splitlines()[0]})") from None
     model, info = loaded
     for trouble in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, info[trouble])):
             raise ValueError(
-                f"{path}: {len(names)} {trouble.replace('_keys', '')} tensors, the first is {names[0]}; "
-                "the checkpoint is not whole, or not of the model its config.json describes"
+                f"{path}: {len(names)} {trouble.replace('_keys', '')} tensors, the first is {names[0]}; {wrong}"
             )
     return model
 

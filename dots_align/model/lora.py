@@ -12,14 +12,23 @@ from transformers import PreTrainedModel
 from dots_align.config import LoraSection
 
 ADAPTER_CONFIG = "adapter_config.json"
+# PEFT 0.21 rewrites these names for models whose experts transformers fuses (`_convert_peft_config_moe`), wherever
+# they occur.
+_FUSED = ("gate_proj", "up_proj", "down_proj")
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraSection, base_path: str) -> PeftModel:
     """Wraps a model with fresh adapters on `lora.target_modules`; `base_path` is what they will name as their base.
 
     Raises:
-        ValueError: a target matches no linear layer; training would silently leave it out.
+        ValueError: a target matches no linear layer, so that training would silently leave it out, or is an MLP
+        projection.
     """
+    if fused := [t for t in lora.target_modules if t.rsplit(".", 1)[-1] in _FUSED]:
+        raise ValueError(
+            f"lora.target_modules: {fused[0]!r} is not offered: PEFT would turn it into the routed experts and leave "
+            "out the shared ones and the dense layer; target q_proj, k_proj, v_proj, o_proj"
+        )
     names = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
     for target in lora.target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in names):

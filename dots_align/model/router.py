@@ -18,9 +18,9 @@ from torch import nn
 def moe_layers(model: nn.Module) -> list[tuple[int, Any]]:
     """(layer index, MoE block) of every layer that routes, in order. Works on the bare model and under adapters."""
     return [
-        (int(name.split(".layers.")[1].split(".")[0]), module)
+        (int(name.rsplit("layers.", 1)[1].split(".")[0]), module)
         for name, module in model.named_modules()
-        if hasattr(module, "experts") and hasattr(module, "gate") and ".layers." in f".{name}"
+        if hasattr(module, "experts") and hasattr(module, "gate") and "layers." in name
     ]
 
 

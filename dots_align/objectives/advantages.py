@@ -41,6 +41,10 @@ def compute_advantages(
     return advantages
 
 
+# Estimators whose baseline is the group's own: equal rewards then mean zero advantages, so no gradient.
+GROUP_RELATIVE = ("grpo", "rloo", "opo", "grpo_passk", "gpg")
+
+
 def zero_variance_groups(rewards: torch.Tensor, groups: list[int]) -> set[int]:
     """Groups whose rewards are all exactly equal: they say nothing about which answer is better."""
     seen: dict[int, set[float]] = {}

@@ -20,9 +20,12 @@ class PolicyObjective:
         algorithm: names the loss, the clip range, the aggregation and the KL term.
         batch_num_tokens, global_batch_size: response tokens and sequences of the whole optimizer batch, the
         denominators.
+        max_tokens: longest response there can be, the constant of `seq-mean-token-sum-norm` (Dr. GRPO).
     """
 
-    def __init__(self, algorithm: AlgorithmSection, batch_num_tokens: int, global_batch_size: int) -> None:
+    def __init__(
+        self, algorithm: AlgorithmSection, batch_num_tokens: int, global_batch_size: int, max_tokens: int
+    ) -> None:
         self.algorithm = algorithm
         self._loss: Any = core_algos.get_policy_loss_fn(algorithm.policy_loss)
         self._config = ActorConfig(
@@ -38,6 +41,7 @@ class PolicyObjective:
             "dp_size": 1,
             "batch_num_tokens": batch_num_tokens,
             "global_batch_size": global_batch_size,
+            "loss_scale_factor": max_tokens,
         }
         self._config.global_batch_info.update(self._denominators)
 

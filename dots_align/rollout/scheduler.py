@@ -107,7 +107,8 @@ class Scheduler:
         self.sampling.temperature[rows] = sampling.temperature
         self.sampling.top_p[rows] = sampling.top_p
         self.sampling.top_k[rows] = sampling.top_k
-        seeds = torch.full((len(rows),), sampling.seed, device=self.device)
+        seed = (sampling.seed + 2**63) % 2**64 - 2**63  # any Python integer, wrapped into int64
+        seeds = torch.full((len(rows),), seed, device=self.device)
         self.sampling.keys[rows] = sample_keys(seeds, self.sample_of[rows])
 
     def append(

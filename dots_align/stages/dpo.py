@@ -45,7 +45,7 @@ def _dataset(pairs: list[PreferencePair], run_dir: Path, content: str) -> Datase
     """The pairs in TRL's conversational form, stored in the run so that TRL's cache of reference log-probs lies
     beside them.
     """
-    directory = run_dir / "data" / content[:16]
+    directory = run_dir / "preference_pairs" / content[:16]
     if not directory.is_dir():
         rows = [
             {

@@ -21,7 +21,7 @@ from dots_align.data.encoding import encode_prompts
 from dots_align.evals.suite import to_response
 from dots_align.model.router import LoadMonitor, RecordedRoutes, find_flips, load_metrics
 from dots_align.model.training import ResponseScores, TrainingEngine
-from dots_align.objectives.advantages import compute_advantages, zero_variance_groups
+from dots_align.objectives.advantages import GROUP_RELATIVE, compute_advantages, zero_variance_groups
 from dots_align.objectives.agreement import Agreement
 from dots_align.objectives.policy import PolicyObjective
 from dots_align.rollout.engine import RolloutEngine
@@ -207,17 +207,18 @@ class RlLoop:
         ref = engine.infer_batch(trajectories, everyone, self.reference) if self.reference is not None else {}
         groups = [t.group for t in trajectories]
         silent = zero_variance_groups(torch.tensor([t.reward for t in trajectories]), groups)
+        all_teach = bool(ref) or self.recipe.algorithm.advantage_estimator not in GROUP_RELATIVE
         agreement = Agreement()
         observer = functools.partial(_observe, agreement, trajectories)
         steps = []
         for epoch in range(train.num_epochs):
             for number, members in enumerate(split_groups(groups, train.num_minibatches)):
                 tokens = sum(len(trajectories[i].response_ids) for i in members)
-                objective = PolicyObjective(self.recipe.algorithm, tokens, len(members))
+                objective = PolicyObjective(self.recipe.algorithm, tokens, len(members), self.recipe.rollout.max_tokens)
                 loss = functools.partial(_loss, objective, advantages, old, ref)
                 # Without variance there is no gradient, unless the KL term gives one; the denominators still count
                 # such groups.
-                learning = [i for i in members if ref or groups[i] not in silent]
+                learning = [i for i in members if all_teach or groups[i] not in silent]
                 first = epoch == 0 and number == 0
                 steps.append(engine.train_batch(trajectories, learning, loss, observer if first else None))
         return {

@@ -32,7 +32,8 @@ def run(recipe: SftRecipe) -> Path:
         rows = pack_conversations(encoded, recipe.train.max_length, recipe.seed)
     else:
         rows = [{"input_ids": e.input_ids, "labels": e.labels} for e in encoded]
-    # Rows are cut and packed here, so TRL's own truncation and packing stay off; it flattens a batch of rows into one sequence.
+    # Rows are cut and packed here, so TRL's own truncation and packing stay off; it flattens a batch of rows into
+    # one sequence.
     own = {"max_length": None, "packing": False, "padding_free": recipe.train.packing}
     arguments = SFTConfig(**{**trainer_arguments(recipe, run_dir, device().type == "cuda"), **own})
     return train_and_publish(

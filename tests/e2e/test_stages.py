@@ -135,7 +135,7 @@ def test_dpo_reads_reference_logprobs_from_the_runs_own_cache(recipe: Recipe, st
         "save.save_steps=1",
     ]
     cli.main(command)
-    assert list((tmp_path / "dpo" / "data").rglob("cache-*.arrow"))
+    assert list((tmp_path / "dpo" / "preference_pairs").rglob("cache-*.arrow"))
     shutil.rmtree(tmp_path / "dpo" / "checkpoint-2")
 
     def computed_again(*_args: object, **_kwargs: object) -> None:

@@ -284,7 +284,7 @@ def test_fresh_weights_are_made_once_and_kept(tmp_path: Path) -> None:
     assert again == first
     assert (tmp_path / "init" / WEIGHTS).stat().st_mtime_ns == written
     model, tokenizer = load_model(first)
-    assert model.config.vocab_size == len(tokenizer) == 512
+    assert len(tokenizer) <= model.config.vocab_size == 512
     assert model.generation_config.eos_token_id == sorted([tokenizer.eos_token_id, tokenizer.pad_token_id])
 
 

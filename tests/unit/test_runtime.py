@@ -117,9 +117,6 @@ def test_an_unreadable_record_is_said_to_be_one(tmp_path: Path, text: str) -> No
     assert "run.json there is not readable" in complaint(recipe(tmp_path))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="any run.json beside data/ passes for a run that never started: data/ is deleted"
-)
 def test_somebody_elses_run_json_and_data_are_never_deleted(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text('{"scripts": {}}')
     (tmp_path / "data").mkdir()
@@ -176,7 +173,6 @@ def test_a_run_that_starts_anew_keeps_no_line(tmp_path: Path) -> None:
     assert lines(tmp_path, "metrics") == []
 
 
-@pytest.mark.xfail(strict=True, reason="str.splitlines also splits at U+2028, U+2029 and U+0085, which JSON leaves")
 def test_samples_with_unicode_line_separators_survive_a_resume(tmp_path: Path) -> None:
     sample = {"prompt": "a\u2028b\x85c", "response": "d\u2029e\n"}
     MetricsLog(tmp_path).log_samples(1, [sample])

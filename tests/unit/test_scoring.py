@@ -95,7 +95,6 @@ def test_every_failing_function_is_logged(mine: str, caplog: pytest.LogCaptureFi
     assert len(caplog.records) == rewards.num_errors == 2
 
 
-@pytest.mark.xfail(strict=True, reason="values are kept by the short name, so the last of two `score` counts for both")
 def test_functions_of_the_same_name_in_two_files_both_count(tmp_path: Path) -> None:
     names = []
     for name, value in (("first", 1), ("second", 10)):

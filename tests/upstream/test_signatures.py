@@ -76,7 +76,7 @@ def test_trls_padding_free_collator_gives_the_boundaries_our_attention_needs() -
     assert batch["labels"].tolist() == [[-100, 2, 3, -100, 5]]
     assert "attention_mask" not in batch
     packed = {"input_ids": [1, 2, 3, 4, 5], "labels": [-100, 2, 3, -100, 5], "seq_lengths": [3, 2]}
-    two_rows = collator([packed, rows[0]])
+    two_rows = collator([packed, {**rows[0], "seq_lengths": [3]}])
     assert two_rows["position_ids"].tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
     assert two_rows["cu_seq_lens_q"].tolist() == [0, 3, 5, 8]
 

@@ -206,7 +206,6 @@ def test_data_hash_depends_on_content_and_order() -> None:
     assert len({data_hash([a, b]), data_hash([b, a]), data_hash([a]), data_hash([])}) == 4
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="half of a surrogate pair gets through to the tokenizer")
 def test_text_that_is_no_unicode_names_its_record(jsonl, tokenizer: PreTrainedTokenizerFast) -> None:
     """`\\ud83d` alone: half an emoji, as left behind by cutting text at a length in UTF-16."""
     path = jsonl('{"prompt": "\\ud83d", "answer": "1"}')
@@ -215,6 +214,19 @@ def test_text_that_is_no_unicode_names_its_record(jsonl, tokenizer: PreTrainedTo
         encode_prompt(tokenizer, prompt.messages)
     except ValueError as error:
         assert str(error).startswith(f"{path}:1")  # noqa: PT017 - either refuse it, or make something of it
+
+
+def test_a_file_in_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes('{"prompt": "q", "response": "\u00e9"}\n'.encode("latin-1"))
+    assert str(path) in complaint("sft", path)
+
+
+def test_a_byte_order_mark_does_no_harm(tmp_path: Path) -> None:
+    """As Windows' editors and PowerShell write it."""
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps({"prompt": "q", "response": "a"}), encoding="utf-8-sig")
+    assert len(load_conversations(section(path), 0)) == 1
 
 
 def test_gsm8k(shared_data: Path) -> None:

@@ -22,8 +22,8 @@ def evaluation(**keys) -> EvaluationSection:
     )
 
 
-def long_answers_are_right(response: Response) -> float:
-    """A scorer: 1 for an even number of letters in the question, 0.5 else; fails where the answer is odd."""
+def even_questions_are_right(response: Response) -> float:
+    """1 for an even number of letters in the question, else 0.5; fails where the reference answer is odd."""
     if int(response.prompt.answer or "0") % 2:
         raise RuntimeError("odd")
     return 1.0 if len(response.prompt.messages[-1].content) % 2 == 0 else 0.5
@@ -55,19 +55,16 @@ def test_it_is_deterministic_and_leaves_the_global_rngs_alone(
 
 
 def test_a_model_that_ends_its_turn_at_once(model: Dots1ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
-    """A head of which only the stop token's row is not zero, on states that are always of one sign along it."""
-    stop = tokenizer.eos_token_id
+    """Its layers add nothing to embeddings of ones, of which the head makes the stop token."""
     with torch.no_grad():
-        state = model.model(torch.tensor([[1, 2, 3]]), use_cache=False).last_hidden_state[0, -1]
-        model.model.norm.weight.zero_()  # every state is zero, every logit too: greedy takes id 0
-        assert state.abs().max() > 0
-    result = evaluate(model, tokenizer, evaluation(), 0)
-    assert result["metrics"]["stop_rate"] == 0.0
-    original = model.lm_head.forward
-    model.lm_head.forward = lambda hidden: original(hidden).index_fill(-1, torch.tensor([stop]), 1.0)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "down_proj")):
+                parameter.zero_()
+        model.get_input_embeddings().weight.fill_(1)
+        model.lm_head.weight.zero_()[tokenizer.eos_token_id] = 1
     result = evaluate(model, tokenizer, evaluation(), 0)
     assert result["metrics"] == {"exact_match": 0.0, "stop_rate": 1.0, "mean_length": 1.0}
-    assert [s["response"] for s in result["samples"]] == [""] * 6
+    assert [(s["response"], s["finish_reason"]) for s in result["samples"]] == [("", "stop")] * 6
 
 
 def test_exact_match_is_the_share_scored_one_and_failures_count_as_wrong(
@@ -76,7 +73,7 @@ def test_exact_match_is_the_share_scored_one_and_failures_count_as_wrong(
     rows = [{"prompt": "ab", "answer": "2"}, {"prompt": "abc", "answer": "2"}, {"prompt": "ab", "answer": "3"}]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = DataSection(path=str(tmp_path / "data.jsonl"))
-    result = evaluate(model, tokenizer, evaluation(data=data, scorer=f"{__file__}:long_answers_are_right"), 0)
+    result = evaluate(model, tokenizer, evaluation(data=data, scorer=f"{__file__}:even_questions_are_right"), 0)
     assert result["num_prompts"] == 3
     assert result["metrics"]["exact_match"] == pytest.approx(1 / 3)
     assert result["num_scorer_errors"] == 1

@@ -128,7 +128,7 @@ def test_bfloat16_is_honoured_except_where_the_router_needs_more(model_dir: Path
 )
 def test_a_missing_tensor_is_refused(edited, name: str) -> None:
     path = edited(lambda tensors: tensors.pop(name))
-    with pytest.raises(ValueError, match=r"missing tensors, the first is .*the checkpoint is not whole") as caught:
+    with pytest.raises(ValueError, match="the checkpoint is not whole") as caught:
         load(path)
     assert str(caught.value).startswith(f"{path}: ")
 
@@ -137,5 +137,5 @@ def test_a_tensor_of_another_shape_is_refused(edited) -> None:
     def shorten(tensors: dict[str, torch.Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["lm_head.weight"][:-1].contiguous()
 
-    with pytest.raises((ValueError, RuntimeError), match=r"lm_head\.weight"):
+    with pytest.raises(ValueError, match=r"lm_head\.weight"):
         load(edited(shorten))

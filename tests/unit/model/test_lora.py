@@ -35,7 +35,7 @@ def test_a_fresh_adapter_changes_nothing_and_trains_only_itself(model: Dots1ForC
     inputs = pack(token_ids(12, 5), CPU).model_inputs()
     with torch.no_grad():
         before = model(**inputs).logits
-        adapted = add_adapter(model, LoraSection(r=4, target_modules=("q_proj", "down_proj")), "base")
+        adapted = add_adapter(model, LoraSection(r=4, target_modules=("q_proj", "o_proj")), "base")
         torch.testing.assert_close(adapted(**inputs).logits, before, atol=1e-6, rtol=0)
     trained = {n for n, p in adapted.named_parameters() if p.requires_grad}
     assert trained
@@ -43,16 +43,17 @@ def test_a_fresh_adapter_changes_nothing_and_trains_only_itself(model: Dots1ForC
     total = sum(p.numel() for p in adapted.parameters())
     count = sum(p.numel() for n, p in adapted.named_parameters() if n in trained)
     assert trainable_summary(adapted) == (
-        f"trains {count:,} of {total:,} parameters ({count / total:.1%}): down_proj, q_proj"
+        f"trains {count:,} of {total:,} parameters ({count / total:.1%}): o_proj, q_proj"
     )
 
 
+@pytest.mark.parametrize("targets", [("q_proj", "v_proj"), LoraSection().target_modules])
 def test_a_merged_adapter_says_what_the_adapter_says(
-    model: Dots1ForCausalLM, model_dir: Path, token_ids, tmp_path: Path
+    model: Dots1ForCausalLM, model_dir: Path, token_ids, tmp_path: Path, targets: tuple[str, ...]
 ) -> None:
     inputs = pack(token_ids(12, 5), CPU).model_inputs()
     base = copy.deepcopy(model)
-    adapted = add_adapter(model, LoraSection(r=4, target_modules=("q_proj", "v_proj", "up_proj")), str(model_dir))
+    adapted = add_adapter(model, LoraSection(r=4, target_modules=targets), str(model_dir))
     train_a_little(adapted)
     adapted.save_pretrained(tmp_path / "adapter")
     assert adapter_base(tmp_path / "adapter") == model_dir
@@ -75,3 +76,15 @@ def test_the_base_is_found_beside_a_moved_adapter_and_missed_by_name(model_dir: 
     shutil.copytree(model_dir, adapter.parent / "init")
     assert adapter_base(adapter) == adapter.parent / "init"
     assert adapter_base(model_dir) is None
+
+
+def test_default_targets_are_attention_and_take_dropout(model: Dots1ForCausalLM) -> None:
+    adapted = add_adapter(model, LoraSection(r=4, lora_dropout=0.1), "base")
+    trained = {n.split(".lora_")[0].rsplit(".", 1)[-1] for n, p in adapted.named_parameters() if p.requires_grad}
+    assert trained == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+@pytest.mark.parametrize("target", ["gate_proj", "up_proj", "shared_experts.down_proj"])
+def test_projections_that_peft_would_turn_into_experts_are_refused(model: Dots1ForCausalLM, target: str) -> None:
+    with pytest.raises(ValueError, match=f"'{target}' is not offered"):
+        add_adapter(model, LoraSection(target_modules=("q_proj", target)), "base")

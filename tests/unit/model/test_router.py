@@ -70,9 +70,26 @@ def test_recording_ends_with_the_context_even_after_an_exception(model: Dots1For
 
 
 def test_moe_layers_are_found_under_an_adapter(model: Dots1ForCausalLM) -> None:
-    adapted = add_adapter(copy.deepcopy(model), LoraSection(r=2, target_modules=("q_proj",)), "base")
+    adapted = add_adapter(copy.deepcopy(model), LoraSection(r=2), "base")
     assert [i for i, _ in moe_layers(adapted)] == [i for i, _ in moe_layers(model)] == [1, 2]
-    assert moe_layers(model.get_decoder())[0][0] == 1
+
+
+def test_moe_layers_of_the_bare_decoder(model: Dots1ForCausalLM) -> None:
+    assert [i for i, _ in moe_layers(model.get_decoder())] == [1, 2]
+
+
+def test_routes_and_load_under_an_adapter_are_those_of_its_base(model: Dots1ForCausalLM, token_ids) -> None:
+    """A fresh adapter changes nothing, though PEFT wraps the experts."""
+    inputs = pack(token_ids(9, 4), CPU).model_inputs()
+    found = []
+    for watched in (copy.deepcopy(model), add_adapter(model, LoraSection(r=2), "base")):
+        monitor = LoadMonitor(watched)
+        with record_routes(watched, with_gaps=True) as recorded:
+            watched(**inputs)
+        found.append((recorded.take(), recorded.gaps[0], monitor.take()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][2] == found[1][2]
 
 
 def test_load_counts_training_forwards_only_and_starts_anew(model: Dots1ForCausalLM, token_ids) -> None:
@@ -90,7 +107,8 @@ def test_load_counts_training_forwards_only_and_starts_anew(model: Dots1ForCausa
     routes = torch.cat(recorded.routes)
     for layer, row in enumerate(load):
         assert sum(row) == pytest.approx(1)
-        assert row == (torch.bincount(routes[:, layer].flatten().long(), minlength=16) / routes[:, 0].numel()).tolist()
+        counts = torch.bincount(routes[:, layer].flatten().long(), minlength=16)
+        assert row == pytest.approx((counts / counts.sum()).tolist())
 
 
 def test_load_metrics_of_even_and_one_sided_loads() -> None:

@@ -274,10 +274,7 @@ def test_no_requests_and_no_sequences(model: Dots1ForCausalLM) -> None:
     "seed",
     [
         0,
-        pytest.param(
-            20_241_123,
-            marks=pytest.mark.xfail(strict=True, reason="seeds of 2**23 and more overflow int64 once shifted"),
-        ),
+        20_241_123,
     ],
 )
 def test_any_seed_of_a_recipe_can_be_sampled_with(model: Dots1ForCausalLM, seed: int) -> None:

@@ -56,6 +56,11 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_mass(top_p: float, kept: 
     torch.testing.assert_close(sampled.exp(), (probabilities / probabilities[list(kept)].sum())[tokens])
 
 
+def test_top_p_stops_where_the_mass_is_reached_exactly() -> None:
+    tokens, *_ = sample(torch.zeros(5000, 4), table(5000, top_p=0.5), torch.zeros(5000, dtype=torch.long))
+    assert set(tokens.tolist()) == {0, 1}
+
+
 def test_top_p_applies_after_temperature_and_top_k() -> None:
     # Among the three likeliest at temperature 0.5 the first has 0.67, the first two 0.91 of the mass.
     assert set(draw(temperature=0.5, top_k=3, top_p=0.9)[0].tolist()) == {0, 6}
