@@ -203,7 +203,9 @@ class Publisher:
         best = best_checkpoint(self.run_dir)
         for checkpoint in checkpoints(self.run_dir)[:-limit]:
             if checkpoint != best:
-                shutil.rmtree(checkpoint)
+                # Renamed first: a process that dies while deleting leaves no damaged checkpoint behind.
+                doomed = checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.deleted"))
+                shutil.rmtree(doomed)
 
 
 def evaluation_of(checkpoint: Path) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -84,6 +85,8 @@ def published_by(trainer_class: Trainer, publisher: Publisher, log: MetricsLog) 
             return str(publisher.run_dir / STAGING)
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            if self.args.should_save:  # what a process left that died while saving must not get into the manifest
+                shutil.rmtree(publisher.run_dir / STAGING, ignore_errors=True)
             super()._save_checkpoint(model, trial)
             if not self.args.should_save:
                 return
