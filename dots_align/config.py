@@ -395,25 +395,24 @@ def _apply_override(values: dict[str, Any], override: str, origins: dict[tuple[s
         value = raw  # such as {a: b with a stray brace: the user means the string
     path = tuple(key.split("."))
     here: Any = values
-    for depth, part in enumerate(path[:-1]):
+    for depth, part in enumerate(path):
+        inner = depth < len(path) - 1
         if isinstance(here, list):
-            if not part.isdigit() or int(part) >= len(here):
+            if not part.isdigit() or int(part) > len(here):
                 raise ValueError(
                     f"override {override!r}: {'.'.join(path[:depth])} is a list of {len(here)}; {part!r} is not in it"
                 )
-            here = here[int(part)]
-            continue
-        if not isinstance(here.get(part), dict | list):
-            here[part] = {}
-        here = here[part]
-    if isinstance(here, list):
-        if not path[-1].isdigit() or int(path[-1]) >= len(here):
-            raise ValueError(
-                f"override {override!r}: {'.'.join(path[:-1])} is a list of {len(here)}; {path[-1]!r} is not in it"
-            )
-        here[int(path[-1])] = value
-    else:
-        here[path[-1]] = value
+            if int(part) == len(here):
+                here.append({})  # one past the end adds an item
+            place: Any = int(part)
+        else:
+            place = part
+            if inner and not isinstance(here.get(part), dict | list):
+                here[part] = {}
+        if inner:
+            here = here[place]
+        else:
+            here[place] = value
     origins[path] = f"override {override!r}"
 
 

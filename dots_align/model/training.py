@@ -165,8 +165,7 @@ class TrainingEngine:
             total_loss += float(loss.detach())
             means.add({**values, "entropy": float(scores.entropy.mean())}, int(scores.mask.sum()))
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
-        if means.tokens:
-            self.optimizer.step()
+        self.optimizer.step()  # without a micro-batch there are no gradients, and it does nothing
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
         return {"loss": total_loss, "grad_norm": float(norm), **(means.means() if means.tokens else {})}

@@ -9,6 +9,7 @@ from dots_align.config import GrpoRecipe
 from dots_align.data.sources import data_hash, load_prompts
 from dots_align.evals.on_save import resolve_hooks
 from dots_align.runtime import MetricsLog, device, logger, open_run_directory, seed_everything, world_size
+from dots_align.scoring import load_function
 from dots_align.stages.loop import RlLoop
 
 
@@ -18,6 +19,8 @@ def run(recipe: GrpoRecipe) -> Path:
         raise ValueError(f"grpo runs on one process, but was launched on {world_size()}; launch with --num_processes 1")
     prompts = load_prompts(recipe.data, recipe.seed)
     hooks = resolve_hooks(recipe)
+    for reward in recipe.rewards:
+        load_function(reward.function, "rewards.function")
     run_dir = open_run_directory(recipe)
     seed_everything(recipe.seed)
     start, resume = ensure_start(recipe, run_dir), newest_whole(run_dir)

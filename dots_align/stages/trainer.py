@@ -20,6 +20,7 @@ from dots_align.checkpoint import (
     seal,
     step_of,
 )
+from dots_align.config import ModelSection
 from dots_align.evals.on_save import resolve_hooks
 from dots_align.model.lora import PeftModel, add_adapter, trainable_summary
 from dots_align.model.router import LoadMonitor, load_metrics
@@ -83,6 +84,15 @@ def published_by(trainer_class: Trainer, publisher: Publisher, log: MetricsLog) 
 
         def _get_output_dir(self, trial: Any) -> str:
             return str(publisher.run_dir / STAGING)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            if publisher.recipe.lora is not None:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+                return
+            # transformers would load the file's tensors by name and ignore the rest: the experts, which have the hub's
+            # names in the file and are fused in the model, would silently keep their old weights.
+            saved, _ = load_model(ModelSection(path=resume_from_checkpoint, dtype=publisher.recipe.model.dtype))
+            (model or self.model).load_state_dict(saved.state_dict())
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             if self.args.should_save:  # what a process left that died while saving must not get into the manifest
