@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any, TypeVar
@@ -141,6 +142,12 @@ class StageCallback(TrainerCallback):
         self.log.log(state.global_step, values)
 
 
+def _is_last_step(checkpoint: Path) -> bool:
+    """Whether training had reached its end; transformers, resumed there, would take one step more."""
+    state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    return state["global_step"] >= state["max_steps"]
+
+
 def train_and_publish(
     trainer_class: Any, recipe: Any, run_dir: Path, model: PreTrainedModel | PeftModel, data_hash: str, **arguments: Any
 ) -> Path:
@@ -153,6 +160,10 @@ def train_and_publish(
     resume = newest_whole(run_dir)
     log = MetricsLog(run_dir, step_of(resume) if resume else 0, recipe.logging.report_to)
     monitor = LoadMonitor(model)
+    if resume is not None and _is_last_step(resume):
+        publisher.finish_hooks(resume, log)
+        logger.info("%s: %s is the last step, nothing is left to do", recipe.stage, resume)
+        return resume
     trainer = published_by(trainer_class, publisher, log)(
         model=model, callbacks=[StageCallback(recipe.stage, log, monitor)], **arguments
     )

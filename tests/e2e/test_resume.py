@@ -79,13 +79,17 @@ def test_killed_run_resumes_to_the_same_weights(
     assert losses[0] == losses[1]
 
 
-def test_a_finished_run_is_found_finished(recipe: Callable[[str], str], start: Path, tmp_path: Path):
+@pytest.mark.parametrize(("stage", "keys"), [("sft", (*SFT, "train.max_steps=2")), ("grpo", QUICK_GRPO)])
+def test_a_finished_run_is_found_finished(
+    recipe: Callable[[str], str], start: Path, tmp_path: Path, stage: str, keys: tuple[str, ...]
+):
     from dots_align import cli
 
     run_dir = tmp_path / "run"
-    command = ["grpo", recipe("grpo"), f"output_dir={run_dir}", f"model.path={start}", *QUICK_GRPO]
+    command = [stage, recipe(stage), f"output_dir={run_dir}", f"model.path={start}", "model.preset=null", *keys]
     cli.main(command)
     weights = run_dir / "checkpoint-2" / "model.safetensors"
-    before = (weights.stat().st_mtime_ns, (run_dir / "metrics.jsonl").read_text())
+    before = (weights.stat().st_mtime_ns, (run_dir / "metrics.jsonl").read_text(), sorted(run_dir.glob("check*")))
     cli.main(command)
-    assert (weights.stat().st_mtime_ns, (run_dir / "metrics.jsonl").read_text()) == before
+    after = (weights.stat().st_mtime_ns, (run_dir / "metrics.jsonl").read_text(), sorted(run_dir.glob("check*")))
+    assert after == before
