@@ -7,6 +7,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+# A process of ours must not depend on it: it hides output that is never flushed.
+os.environ.pop("PYTHONUNBUFFERED", None)
+
 import pytest
 import torch
 from hypothesis import settings

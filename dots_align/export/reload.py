@@ -64,6 +64,7 @@ def main() -> None:
         "problems": problems,
     }
     stdout.write(json.dumps(result))
+    stdout.flush()  # at exit Python flushes sys.stdout only, which is another stream by now
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def _reload(exported: Path, conversations: list[list[Message]]) -> dict[str, Any
         env={**os.environ, **_ENVIRONMENT},
         check=False,
     )
-    if done.returncode != 0:
+    if done.returncode != 0 or not done.stdout:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise ValueError(f"{exported}: plain transformers cannot load and run it: {lines[-1].strip()}")
     result = json.loads(done.stdout)
