@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 from dots_align.types import Response
+from reward_models.math import BOX, last_box
 
 
 def ends_with_box(response: Response) -> float:
     r"""1 if the turn was ended and its text ends with exactly one `\boxed{…}`."""
-    text = response.text.rstrip(" .。")
-    start = text.find("\\boxed{")
-    if response.finish_reason != "stop" or start < 0 or text.count("\\boxed{") != 1:
-        return 0.0
-    depth, closes = 0, []
-    for at in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if text[at] == "}" and depth == 0:
-            closes.append(at)
-    return float(bool(closes) and closes[0] == len(text) - 1)
+    text, box = response.text.rstrip(" .。"), last_box(response.text)
+    ended = response.finish_reason == "stop" and box is not None
+    return float(ended and text.count(BOX) == 1 and text.endswith(f"{BOX}{box}}}"))

@@ -7,7 +7,7 @@ from decimal import Decimal, InvalidOperation
 
 from dots_align.types import Response
 
-_BOX = r"\boxed{"
+BOX = r"\boxed{"
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?|-?\.\d+")
 
 
@@ -31,15 +31,15 @@ def numeric_answer(response: Response) -> float:
 
 def last_box(text: str) -> str | None:
     r"""What the last `\boxed{…}` holds, braces inside included; None if there is no closed box."""
-    found, start = None, text.find(_BOX)
+    found, start = None, text.find(BOX)
     while start >= 0:
-        depth, at = 1, start + len(_BOX)
+        depth, at = 1, start + len(BOX)
         while at < len(text) and depth:
             depth += {"{": 1, "}": -1}.get(text[at], 0)
             at += 1
         if not depth:
-            found = text[start + len(_BOX) : at - 1]
-        start = text.find(_BOX, start + len(_BOX))
+            found = text[start + len(BOX) : at - 1]
+        start = text.find(BOX, start + len(BOX))
     return found
 
 

@@ -160,17 +160,16 @@ def train_and_publish(
     resume = newest_whole(run_dir)
     log = MetricsLog(run_dir, step_of(resume) if resume else 0, recipe.logging.report_to)
     monitor = LoadMonitor(model)
-    if resume is not None and _is_last_step(resume):
+    if resume is not None:
         publisher.finish_hooks(resume, log)
-        logger.info("%s: %s is the last step, nothing is left to do", recipe.stage, resume)
-        return resume
+        if _is_last_step(resume):
+            logger.info("%s: %s is the last step, nothing is left to do", recipe.stage, resume)
+            return resume
+        logger.info("resuming from %s", resume)
     trainer = published_by(trainer_class, publisher, log)(
         model=model, callbacks=[StageCallback(recipe.stage, log, monitor)], **arguments
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    if resume is not None:
-        publisher.finish_hooks(resume, log)
-        logger.info("resuming from %s", resume)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.state.global_step not in map(step_of, checkpoints(run_dir)):
         trainer._save_checkpoint(trainer.model, trial=None)
