@@ -29,7 +29,37 @@ class ModelSection(Section):
     preset: Literal["tiny", "small"] | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     attn_implementation: Literal["packed", "sdpa", "eager", "flash_attention_2"] = "packed"
-    experts_implementation: Literal["grouped_mm", "batched_mm", "eager"] = "grouped_mm"
+    experts_implementation: Literal["grouped", "grouped_mm", "batched_mm", "eager"] = Field(
+        default="grouped", description="grouped: ours, the one that runs in parallel; the others are transformers' own"
+    )
+
+
+class RouterSection(Section):
+    """What training does to the routing of tokens to experts."""
+
+    bias_policy: Literal["frozen", "track", "update"] = Field(
+        default="frozen",
+        description="of e_score_correction_bias: left alone; left alone but the update it would get is logged; or moved "
+        "by bias_update_rate against each expert's load after every optimizer step (aux-loss-free balancing)",
+    )
+    bias_update_rate: float = Field(default=1e-3, gt=0)
+    balance_loss_coef: float = Field(default=0.0, ge=0, description="weight of the sequence-wise balance loss")
+
+
+class ParallelSection(Section):
+    """How the model is spread over the processes of a launch.
+
+    Everything is sharded over all processes (FSDP2); the routed experts are first split over `ep` of them, which are
+    consecutive ranks and so lie inside a node.
+    """
+
+    backend: Literal["fsdp", "deepspeed"] = "fsdp"
+    ep: int = Field(default=1, ge=1, description="processes that share one set of routed experts")
+    dp_replicate: int = Field(default=1, ge=1, description="copies of the sharded model (HSDP), for several nodes")
+    reshard_after_forward: bool = Field(default=True, description="false keeps gathered layers until backward")
+    offload_optimizer: bool = Field(default=False, description="AdamW's states and fp32 masters in host memory")
+    zero_stage: Literal[2, 3] = Field(default=3, description="of DeepSpeed")
+    timeout_minutes: float = Field(default=10.0, gt=0, description="a process that waits longer for another one ends")
 
 
 class DataSection(Section):
@@ -81,12 +111,15 @@ class TrainSection(Section):
 
 
 class LoraSection(Section):
-    """A LoRA adapter (PEFT) on attention. `target_modules` are suffixes of module names."""
+    """A LoRA adapter (PEFT). `target_modules` are suffixes of the names of linear layers (`q_proj`,
+    `shared_experts.up_proj`), `target_parameters` those of the routed experts' weights (`mlp.experts.down_proj`).
+    """
 
     r: int = Field(default=16, ge=1)
     lora_alpha: int = Field(default=32, ge=1)
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    target_parameters: tuple[str, ...] = ()
 
 
 class SaveSection(Section):
@@ -164,6 +197,8 @@ class RlTrainSection(Section):
     micro_batch_tokens: int = Field(
         default=8192, ge=1, description="most tokens of one forward; never changes a number"
     )
+    bf16: bool = False
+    gradient_checkpointing: bool = False
 
 
 class _Recipe(Section):
@@ -174,6 +209,8 @@ class _Recipe(Section):
 
 class _StageRecipe(_Recipe):
     model: ModelSection = ModelSection()
+    router: RouterSection = RouterSection()
+    parallel: ParallelSection = ParallelSection()
     data: DataSection
     optim: OptimSection = OptimSection()
     save: SaveSection = SaveSection()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import Dots1Config, Dots1ForCausalLM, GenerationConfig, PreTrainedModel
 
-from dots_align.model import attention
+from dots_align.model import attention, experts
 
 # `llm1` is the released shape (142.8 B parameters, 14.0 B active). `tiny` and `small` keep every trait of it (dense
 # first layer, sigmoid router with correction bias, top-k of many narrow experts, 2 shared experts, MHA with QK-norm,
@@ -111,7 +111,7 @@ def load_base_model(
     Raises:
         ValueError: a tensor is missing or has the wrong shape; transformers alone would go on with random values.
     """
-    packed = attn_implementation == "packed"
+    packed, grouped = attn_implementation == "packed", experts_implementation == "grouped"
     wrong = "the checkpoint is not whole, or not of the model its config.json describes"
     with torch.random.fork_rng():
         try:
@@ -119,7 +119,7 @@ def load_base_model(
                 path,
                 dtype=getattr(torch, dtype),
                 attn_implementation=attention.IMPLEMENTATION if packed else attn_implementation,
-                experts_implementation=experts_implementation,
+                experts_implementation=experts.IMPLEMENTATION if grouped else experts_implementation,
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,

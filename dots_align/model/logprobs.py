@@ -1,38 +1,255 @@
-"""Log-probabilities of given tokens, in chunks: the [tokens, vocabulary] matrix never exists as a whole."""
+"""Log-probabilities of given tokens, in chunks: the [tokens, vocabulary] matrix never exists as a whole.
+
+A chunk's logits live in one fp32 buffer, which backward computes again and turns into their gradient in place. From
+forward to backward only one number per token is kept.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
 import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-CHUNK_TOKENS = 2048
+CHUNK_BYTES = 256 * 2**20  # of the [chunk, vocabulary] fp32 logits
+MIN_CHUNK_TOKENS = 64
+IGNORED = -100  # stands where there is no target, as in transformers' labels
 
 
-def _chunk(hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    logits = (hidden @ head.T).float()
-    logprobs = logits.log_softmax(-1)
-    picked = logprobs.gather(-1, targets[:, None]).squeeze(-1)
-    entropy = -(logprobs.detach().exp() * logprobs.detach()).sum(-1)
-    return picked, entropy
+@dataclass(frozen=True)
+class TokenScores:
+    """What a head says about N targets.
+
+    `logprobs` [N] fp32, differentiable. Not differentiable, and None unless asked for: `entropy` [N] fp32 in nats,
+    `mean_logits` [N] fp32 (over the vocabulary), `is_top1` [N] bool (no token is likelier, and of equally likely ones
+    none comes earlier in the vocabulary).
+    """
+
+    logprobs: torch.Tensor
+    entropy: torch.Tensor | None = None
+    mean_logits: torch.Tensor | None = None
+    is_top1: torch.Tensor | None = None
 
 
-def token_logprobs(
-    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, chunk_tokens: int = CHUNK_TOKENS
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each target under the language-model head, and the entropy there.
+def chunks(num_tokens: int, vocabulary: int, chunk_bytes: int) -> Iterator[slice]:
+    """Rows in equal chunks whose fp32 logits take about `chunk_bytes`, or the MIN_CHUNK_TOKENS that a matrix product
+    needs to be efficient.
+    """
+    most = max(MIN_CHUNK_TOKENS, chunk_bytes // (4 * vocabulary))
+    count = -(-num_tokens // most)
+    for number in range(count):
+        yield slice(number * num_tokens // count, (number + 1) * num_tokens // count)
+
+
+def _chunk_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, temperature: float, chunk_bytes: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Rows and their logits [rows, V] fp32, divided by the temperature. The next chunk overwrites them."""
+    buffer = None
+    for rows in chunks(len(hidden), len(weight), chunk_bytes):
+        states = hidden[rows].to(weight.dtype)
+        if buffer is None or len(buffer) < len(states):
+            buffer = torch.empty(len(states), len(weight), dtype=torch.float32, device=hidden.device)
+        logits = buffer[: len(states)]
+        if weight.dtype == torch.float32:
+            torch.mm(states, weight.t(), out=logits)
+        elif weight.is_cuda:  # logits in bf16 would be off by 0.03 at a magnitude of 10
+            torch.mm(states, weight.t(), out_dtype=torch.float32, out=logits)
+        else:  # CPUs have no product that widens
+            logits.copy_(states @ weight.t())
+        yield rows, logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    """`total += a @ b` in fp32: rounding each chunk's product to bf16 would add up to a bias."""
+    if a.is_cuda and a.dtype != torch.float32:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
+
+
+class _ChunkedLogProbs(torch.autograd.Function):
+    """See `score_tokens`. Saved for backward: the inputs and the logarithm of each row's sum of exponentials."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        head: torch.Tensor,
+        targets: torch.Tensor,
+        temperature: float,
+        with_entropy: bool,
+        with_metrics: bool,
+        chunk_bytes: int,
+    ) -> tuple[torch.Tensor | None, ...]:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        picked, log_sum = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
+        entropy = torch.empty_like(picked) if with_entropy else None
+        mean = torch.empty_like(picked) if with_metrics else None
+        is_top1 = torch.empty_like(targets, dtype=torch.bool) if with_metrics else None
+        with torch.autocast(device, enabled=False):
+            for rows, logits in _chunk_logits(hidden, head.to(dtype), temperature, chunk_bytes):
+                picked[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1)
+                if mean is not None and is_top1 is not None:
+                    mean[rows] = logits.mean(-1)
+                    is_top1[rows] = logits.argmax(-1) == targets[rows]
+                log_sum[rows] = _log_sum(logits, None if entropy is None else entropy[rows])
+        ctx.save_for_backward(hidden, head, targets, log_sum)
+        ctx.settings = dtype, temperature, chunk_bytes
+        ctx.mark_non_differentiable(*(x for x in (entropy, mean, is_top1) if x is not None))
+        return picked - log_sum, entropy, mean, is_top1
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator hides the parameters' names
+        ctx: Any, *grads: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        hidden, head, targets, log_sum = ctx.saved_tensors
+        dtype, temperature, chunk_bytes = ctx.settings
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = head.to(dtype)
+            for rows, logits in _chunk_logits(hidden, weight, temperature, chunk_bytes):
+                share = (grads[0][rows] / temperature)[:, None]
+                # d(log p_target) / d(logit_j) = [j = target] - p_j
+                d_logits = logits.sub_(log_sum[rows, None]).exp_().mul_(-share)
+                d_logits.scatter_add_(-1, targets[rows, None], share)
+                d_logits = d_logits.to(dtype)
+                if d_hidden is not None:
+                    d_hidden[rows] = d_logits @ weight
+                if d_head is not None:
+                    _add_product(d_head, d_logits.t(), hidden[rows].to(dtype))
+        return d_hidden, None if d_head is None else d_head.to(head.dtype), None, None, None, None, None
+
+
+def _log_sum(logits: torch.Tensor, entropy: torch.Tensor | None) -> torch.Tensor:
+    """Log of each row's sum of exponentials; fills `entropy` if given, overwrites the logits."""
+    best = logits.amax(-1)
+    shifted = logits.sub_(best[:, None])
+    weights = shifted.exp_() if entropy is None else shifted.exp()
+    total = weights.sum(-1)
+    if entropy is not None:
+        entropy.copy_(total.log() - weights.mul_(shifted).sum(-1) / total)
+    return best + total.log()
+
+
+def score_tokens(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    with_metrics: bool = False,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> TokenScores:
+    """Scores of each target under a language-model head without bias.
 
     Args:
         hidden: [N, hidden] final hidden states, one before each target.
-        head: [V, hidden] weight of the language-model head.
+        head: [V, hidden] weight. Under autocast both are cast to its dtype, else they have the same.
         targets: [N] token ids.
-        chunk_tokens: rows whose logits exist at one time; backward computes them again.
+        temperature: divides the logits, in fp32.
+        with_entropy: also the entropy; costs a second [chunk, V] buffer.
+        with_metrics: also `mean_logits` and `is_top1`.
+        chunk_bytes: size of the fp32 logits that exist at one time.
+    """
+    found = _ChunkedLogProbs.apply(hidden, head, targets, temperature, with_entropy, with_metrics, chunk_bytes)
+    assert isinstance(found, tuple)
+    return TokenScores(*found)
+
+
+def token_logprobs(
+    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`score_tokens` as a pair: logprobs [N] fp32 (differentiable), entropy [N] fp32 in nats (not differentiable)."""
+    scores = score_tokens(hidden, head, targets, temperature, with_entropy=True)
+    assert scores.entropy is not None
+    return scores.logprobs, scores.entropy
+
+
+def model_logprobs(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    targets: torch.Tensor,
+    temperature: float = 1.0,
+    with_entropy: bool = False,
+    with_metrics: bool = False,
+) -> TokenScores:
+    """One forward of a causal language model whose head answers with log-probabilities instead of logits.
+
+    The head is called by the model itself, hooks and all, so that whatever gathers its weight for the time of its
+    forward and backward (FSDP2, ZeRO-3) does so here. Works on the bare model, under adapters and inside wrappers that
+    hold the model as `module`.
+
+    Args:
+        inputs: keyword arguments of the model's forward, without labels.
+        targets: [B, T] ids of the tokens that the positions of `inputs` predict (labels moved one to the left);
+            IGNORED where nothing is asked for. Only the others go through the head.
+        temperature, with_entropy, with_metrics: as in `score_tokens`.
 
     Returns:
-        logprobs [N] fp32 (differentiable), entropy [N] fp32 in nats (not differentiable).
+        scores of the N targets that are not IGNORED, in row-major order.
     """
+    head = getattr(model, "module", model).get_output_embeddings()  # pyright: ignore[reportCallIssue]
+    wanted = targets != IGNORED
+    own_forward, found = head.forward, []
+
+    def score(hidden: torch.Tensor) -> torch.Tensor:
+        states, tokens = hidden[wanted], targets[wanted]
+        # An adapter's layer in the head's place is no nn.Linear.
+        if isinstance(head, nn.Linear) and head.bias is None:
+            found.append(score_tokens(states, head.weight, tokens, temperature, with_entropy, with_metrics))
+        else:
+            found.append(_score_by_any_head(own_forward, len(head.weight), states, tokens, temperature))
+        return found[-1].logprobs
+
+    with _forward_replaced(head, score):
+        logprobs = model(**inputs).logits
+    (scores,) = found
+    return replace(scores, logprobs=logprobs)
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
+    """Calling the module, with all its hooks, runs `forward` inside this context."""
+    instance = vars(module)
+    own = instance.get("forward")  # most have none: theirs is the class's
+    instance["forward"] = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del instance["forward"]
+        else:
+            instance["forward"] = own
+
+
+def _score_by_any_head(
+    head: Callable[[torch.Tensor], torch.Tensor],
+    vocabulary: int,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float,
+) -> TokenScores:
+    """`score_tokens`, with everything, by a head that is not a plain matrix: it runs again in backward."""
+
+    def score(states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        logits = head(states).float() / temperature
+        logprobs = logits.log_softmax(-1)
+        known = logprobs.detach()
+        entropy = -(known.exp() * known).sum(-1)
+        picked = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
+        return picked, entropy, logits.detach().mean(-1), known.argmax(-1) == tokens
+
     pieces = [
-        checkpoint(_chunk, h, head, t, use_reentrant=False) if torch.is_grad_enabled() else _chunk(h, head, t)
-        for h, t in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True)
-    ]
-    logprobs, entropies = zip(*pieces, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+        checkpoint(score, hidden[rows], targets[rows], use_reentrant=False)
+        for rows in chunks(len(hidden), vocabulary, CHUNK_BYTES)
+    ] or [score(hidden, targets)]
+    return TokenScores(*map(torch.cat, zip(*pieces, strict=True)))

@@ -1,4 +1,4 @@
-"""Watching the router: which experts tokens chose, how evenly, and whether two forwards agree.
+"""Watching the router: which experts tokens chose, how evenly, and whether two forwards agree; and keeping it in fp32.
 
 Everything is read with hooks on transformers' own modules (`mlp.gate` gives logits, `mlp.experts` receives the
 chosen ids), so what is reported is what was computed.
@@ -6,22 +6,100 @@ chosen ids), so what is reported is what was computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.utils.generic import maybe_autocast
+
+Reduce = Callable[[torch.Tensor], Any]
+"""Sums a tensor over all processes, in place (`torch.distributed.all_reduce`)."""
+
+
+def _named_blocks(model: nn.Module) -> list[tuple[str, Any]]:
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if hasattr(module, "experts") and hasattr(module, "gate") and "layers." in name
+    ]
 
 
 def moe_layers(model: nn.Module) -> list[tuple[int, Any]]:
     """(layer index, MoE block) of every layer that routes, in order. Works on the bare model and under adapters."""
-    return [
-        (int(name.rsplit("layers.", 1)[1].split(".")[0]), module)
-        for name, module in model.named_modules()
-        if hasattr(module, "experts") and hasattr(module, "gate") and "layers." in name
-    ]
+    return [(int(name.rsplit("layers.", 1)[1].split(".")[0]), block) for name, block in _named_blocks(model)]
+
+
+def decoder_of(model: nn.Module) -> Any:
+    """The module whose `layers` hold the MoE blocks, however the model is wrapped."""
+    name, _ = _named_blocks(model)[0]
+    return model.get_submodule(name.rsplit("layers.", 1)[0].rstrip("."))
+
+
+def decoder_inputs(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """A decoder call's inputs by name."""
+    return {**dict(zip(("input_ids", "attention_mask", "position_ids"), arguments, strict=False)), **keywords}
+
+
+def in_backward() -> bool:
+    """Whether autograd is running a backward here: a forward seen now is activation checkpointing's recomputation."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def real_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """1 for each of a decoder call's N = batch x width tokens, 0 where a 2-D `attention_mask` says padding.
+
+    Returns:
+        [N] fp32, rows one after the other.
+    """
+    tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return mask[:, -tokens.shape[1] :].flatten().float()  # a cache makes the mask wider than the tokens
+    return torch.ones(tokens.shape[0] * tokens.shape[1], device=tokens.device)
+
+
+def keep_router_in_fp32(model: nn.Module) -> None:
+    """Keeps every router's computation and correction bias in fp32, whatever the rest of the model does.
+
+    `Dots1TopkRouter` casts its inputs to fp32, but autocast turns the product to bf16 all the same, and with it the
+    gate values: so the gate runs with autocast off. `from_pretrained` leaves the bias in fp32 whatever the dtype, but
+    a later `model.to(torch.bfloat16)` would round it, and with it the choices: so the gate's buffer keeps its values
+    and dtype when the model is cast. Calling it again changes nothing. Copies of the model keep both.
+
+    Raises:
+        ValueError: a bias has already been rounded to another dtype.
+    """
+    for index, block in moe_layers(model):
+        gate, dtype = block.gate, block.gate.e_score_correction_bias.dtype
+        if getattr(gate._apply, "__func__", None) is _cast_all_but_bias:
+            continue
+        if dtype != torch.float32:
+            raise ValueError(
+                f"layer {index}: e_score_correction_bias is {dtype}, not float32, so the model was cast after loading; "
+                "call keep_router_in_fp32 before the cast, or load the model in that dtype"
+            )
+        # Bound methods on the instance, not a subclass: FSDP2 and adapters change classes, deepcopy rebinds methods.
+        gate.forward = MethodType(_forward_without_autocast, gate)
+        gate._apply = MethodType(_cast_all_but_bias, gate)
+
+
+def _forward_without_autocast(gate: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    with maybe_autocast(hidden_states.device.type, enabled=False):
+        return type(gate).forward(gate, hidden_states)
+
+
+def _cast_all_but_bias(gate: Any, function: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+    bias = gate.e_score_correction_bias
+    type(gate)._apply(gate, function, recurse)
+    applied = gate.e_score_correction_bias
+    if applied.dtype != torch.float32:
+        gate.e_score_correction_bias = bias.to(applied.device)
+    return gate
 
 
 @dataclass
@@ -103,31 +181,96 @@ def find_flips(routes: torch.Tensor, gaps: torch.Tensor, other: bytes) -> RouteF
 
 
 class LoadMonitor:
-    """Counts how many routed slots each expert got, over the forwards that train (gradients enabled)."""
+    """Counts how many routed slots each expert got, over the forwards that train.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.layers = [index for index, _ in moe_layers(model)]
-        self._counts: dict[int, torch.Tensor] = {}
-        for index, block in moe_layers(model):
-            block.experts.register_forward_pre_hook(self._hook(index, block.config.n_routed_experts))
+    A forward trains if gradients are enabled where the decoder starts. Each of its tokens counts once: padding does
+    not, nor does the recomputation of activation checkpointing. Nothing waits for the device before `take`.
 
-    def _hook(self, index: int, num_experts: int):
-        def count(_module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            if torch.is_grad_enabled():
-                counts = torch.bincount(arguments[1].detach().flatten(), minlength=num_experts)
-                self._counts[index] = self._counts.get(index, 0) + counts
+    Args:
+        model: hooks on it count for as long as it lives.
+        reduce: where given, `take` reports the load over all processes; then it is a collective call.
+    """
+
+    def __init__(self, model: nn.Module, reduce: Reduce | None = None) -> None:
+        blocks = moe_layers(model)
+        self.layers = [index for index, _ in blocks]
+        self.gates = [block.gate for _, block in blocks]
+        self.reduce = reduce
+        self.score_entropy = 0.0
+        """How evenly the router scores the experts (before it chooses), as of the last `take`: the entropy of a
+        token's scores over their sum, in units of log(experts) (1 = all alike), mean over tokens and layers.
+        """
+        self._totals: torch.Tensor | None = None
+        self._taken: torch.Tensor | None = None
+        self._trains, self._real = False, torch.empty(0)
+        if blocks:
+            decoder_of(model).register_forward_pre_hook(self._begin_hook(), with_kwargs=True)
+        for row, (_, block) in enumerate(blocks):
+            block.gate.register_forward_hook(self._entropy_hook(row))
+            block.experts.register_forward_pre_hook(self._count_hook(row))
+
+    # Hooks are functions, not bound methods: deepcopy of the model would copy the monitor with them.
+    def _begin_hook(self):
+        def begin(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            self._trains = torch.is_grad_enabled() and not in_backward()
+            if self._trains:
+                self._real = real_tokens(decoder_inputs(arguments, keywords)).double()
+
+        return begin
+
+    def _entropy_hook(self, row: int):
+        def add(_gate: nn.Module, _arguments: tuple[torch.Tensor, ...], logits: torch.Tensor) -> None:
+            if self._trains and not in_backward():
+                scores = logits.detach().sigmoid()
+                total = scores.sum(-1)
+                entropy = torch.special.entr(scores).sum(-1) / total + total.log()
+                self._sums(logits.device)[row, -1] += (entropy * self._real).sum()
+
+        return add
+
+    def _count_hook(self, row: int):
+        def count(_experts: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            if self._trains and not in_backward():
+                chosen = arguments[1]
+                slots = self._real.unsqueeze(-1).expand(chosen.shape).reshape(-1)
+                self._sums(chosen.device)[row, :-1].scatter_add_(0, chosen.reshape(-1), slots)
 
         return count
+
+    def _sums(self, device: torch.device) -> torch.Tensor:
+        """[layers, experts + 1] fp64 (exact as a counter): slots of each expert, then the tokens' score entropy."""
+        if self._totals is None:
+            shape = len(self.layers), self.gates[0].n_routed_experts + 1
+            self._totals = torch.zeros(shape, dtype=torch.float64, device=device)
+        self._totals = self._totals.to(device)
+        return self._totals
+
+    def slots(self) -> torch.Tensor:
+        """[layers, experts] fp64, a copy: the slots of each expert since the beginning, in this process."""
+        # The bias and not a weight tells the device: a process that has counted nothing takes part in collectives too,
+        # and weights may be kept in host memory.
+        return self._sums(self.gates[0].e_score_correction_bias.device)[:, :-1].clone()
 
     def take(self) -> list[list[float]] | None:
         """Share of routed slots of each expert, a row per MoE layer summing to 1, since the last call; None if none
         trained.
         """
-        if not self._counts:
+        if not self.layers:
             return None
-        loads = [(self._counts[i].double() / self._counts[i].sum()).tolist() for i in self.layers]
-        self._counts.clear()
-        return loads
+        totals = self._sums(self.gates[0].e_score_correction_bias.device)
+        fresh = totals.clone() if self._taken is None else totals - self._taken.to(totals.device)
+        self._taken = totals.clone()
+        if self.reduce is not None:
+            self.reduce(fresh)
+        fresh = fresh.cpu()
+        counts = fresh[:, :-1]
+        slots = counts.sum(-1, keepdim=True)
+        if not slots.any():
+            return None
+        gate = self.gates[0]
+        per_token = fresh[:, -1] / slots.squeeze(-1) * gate.config.num_experts_per_tok
+        self.score_entropy = float(per_token.mean()) / math.log(gate.n_routed_experts)
+        return (counts / slots).tolist()
 
 
 def load_metrics(load: list[list[float]]) -> dict[str, float]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets import Dataset, load_from_disk
-from trl import DPOConfig, DPOTrainer
+from trl import DPOConfig
 
 from dots_align.config import DpoRecipe
 from dots_align.data.chat import as_dicts, encode_conversation
 from dots_align.data.sources import data_hash, load_preference_pairs
 from dots_align.runtime import device, open_run_directory, seed_everything
+from dots_align.stages.losses import LeanDpoTrainer
 from dots_align.stages.trainer import prepare_model, train_and_publish, trainer_arguments
 from dots_align.types import Message, PreferencePair
 
@@ -30,7 +31,7 @@ def run(recipe: DpoRecipe) -> Path:
         precompute_ref_log_probs=True,
     )
     return train_and_publish(
-        DPOTrainer,
+        LeanDpoTrainer,
         recipe,
         run_dir,
         model,

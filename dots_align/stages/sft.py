@@ -7,13 +7,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from datasets import Dataset
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from dots_align.config import SftRecipe
 from dots_align.data.encoding import encode_conversations
 from dots_align.data.packing import pack_conversations
 from dots_align.data.sources import data_hash, load_conversations
 from dots_align.runtime import device, logger, open_run_directory, seed_everything
+from dots_align.stages.losses import LeanSftTrainer
 from dots_align.stages.trainer import prepare_model, train_and_publish, trainer_arguments
 
 
@@ -37,7 +38,7 @@ def run(recipe: SftRecipe) -> Path:
     own = {"max_length": None, "packing": False, "padding_free": recipe.train.packing}
     arguments = SFTConfig(**{**trainer_arguments(recipe, run_dir, device().type == "cuda"), **own})
     return train_and_publish(
-        SFTTrainer,
+        LeanSftTrainer,
         recipe,
         run_dir,
         model,

@@ -4,17 +4,43 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from transformers import Dots1ForCausalLM
 
 from dots_align.config import LoraSection
+from dots_align.model.dots1 import load_base_model
 from dots_align.model.lora import add_adapter
 from dots_align.model.packed import pack
-from dots_align.model.router import LoadMonitor, find_flips, load_metrics, moe_layers, record_routes
+from dots_align.model.router import (
+    LoadMonitor,
+    find_flips,
+    keep_router_in_fp32,
+    load_metrics,
+    moe_layers,
+    record_routes,
+)
 
 CPU = torch.device("cpu")
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+    ),
+]
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    """A gloo group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 def choice_scores(model: Dots1ForCausalLM, inputs: dict) -> list[torch.Tensor]:
@@ -109,6 +135,162 @@ def test_load_counts_training_forwards_only_and_starts_anew(model: Dots1ForCausa
         assert sum(row) == pytest.approx(1)
         counts = torch.bincount(routes[:, layer].flatten().long(), minlength=16)
         assert row == pytest.approx((counts / counts.sum()).tolist())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_counts_no_token_twice(model: Dots1ForCausalLM, token_ids, use_reentrant: bool) -> None:
+    inputs = pack(token_ids(9, 4), CPU).model_inputs()
+    model.train()
+    monitor = LoadMonitor(model)
+    model(**inputs).logits.sum().backward()
+    once = monitor.slots()
+    load, entropy = monitor.take(), monitor.score_entropy
+    assert once.sum(-1).tolist() == [13 * 3] * 2
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    model(**inputs).logits.sum().backward()
+    assert torch.equal(monitor.slots(), 2 * once)
+    assert (monitor.take(), monitor.score_entropy) == (load, pytest.approx(entropy))
+
+
+def test_padding_is_not_load(model: Dots1ForCausalLM, token_ids) -> None:
+    """A padded batch (on either side) has the load of its sequences one by one."""
+    long, short = token_ids(9, 4)
+    monitor = LoadMonitor(model)
+    for sequence in (long, short):
+        model(input_ids=torch.tensor([sequence]))
+    expected, entropy = monitor.take(), monitor.score_entropy
+    padding = [0] * 5
+    for padded, mask in (([*short, *padding], [1] * 4 + [0] * 5), ([*padding, *short], [0] * 5 + [1] * 4)):
+        model(input_ids=torch.tensor([long, padded]), attention_mask=torch.tensor([[1] * 9, mask]))
+        assert monitor.take() == expected
+        assert monitor.score_entropy == pytest.approx(entropy, abs=1e-6)
+
+
+def test_load_over_processes_is_that_of_all_their_tokens(model: Dots1ForCausalLM, token_ids) -> None:
+    """Processes that sum what they counted all report the same, one that had no tokens included."""
+    batches = [pack(token_ids(*sizes, seed=7), CPU).model_inputs() for sizes in ((9, 4), (6,))]
+    alone, sent = LoadMonitor(copy.deepcopy(model)), []
+    processes = [LoadMonitor(copy.deepcopy(model), reduce=sent.append) for _ in range(3)]
+    for monitor, inputs in zip(processes, batches, strict=False):
+        monitor.model(**inputs)
+        alone.model(**inputs)
+    expected = alone.take()
+
+
+def test_score_entropy_of_even_and_one_sided_scores(model: Dots1ForCausalLM, token_ids) -> None:
+    monitor = LoadMonitor(model)
+    gates = [block.gate for _, block in moe_layers(model)]
+    for gate in gates:
+        gate.weight.data.zero_()
+    model(input_ids=torch.tensor(token_ids(8)))
+    monitor.take()
+    assert monitor.score_entropy == pytest.approx(1)
+    handles = [
+        gate.register_forward_hook(lambda _, __, logits: torch.full_like(logits, -50).index_fill(1, torch.arange(2), 0))
+        for gate in gates
+    ]
+    late = LoadMonitor(model)  # its hooks come after those that change the logits
+    model(input_ids=torch.tensor(token_ids(8)))
+    late.take()
+    assert late.score_entropy == pytest.approx(math.log(2) / math.log(16))
+    for handle in handles:
+        handle.remove()
+
+
+def router_io(model: Dots1ForCausalLM, hidden: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """(logits, chosen, gate values) of the first MoE layer on given states, as the experts receive them."""
+    found: list[torch.Tensor] = []
+    _, block = moe_layers(model)[0]
+    handles = [
+        block.gate.register_forward_hook(lambda _, __, logits: found.append(logits)),
+        block.experts.register_forward_pre_hook(lambda _, arguments: found.extend(arguments[1:3])),
+    ]
+    with torch.no_grad():
+        block(hidden)
+    for handle in handles:
+        handle.remove()
+    return tuple(found)
+
+
+@pytest.fixture
+def hidden() -> torch.Tensor:
+    return torch.randn(1, 50, 64, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_router_under_autocast_is_the_router_without(model: Dots1ForCausalLM, hidden, device: str) -> None:
+    model, hidden = model.to(device), hidden.to(device)
+    expected = router_io(model, hidden)
+    with torch.autocast(device, torch.bfloat16):
+        # Why it is needed at all; once this fails, transformers keeps the router out of autocast itself.
+        assert router_io(model, hidden)[0].dtype == torch.bfloat16
+        keep_router_in_fp32(model)
+        found = router_io(model, hidden)
+        assert torch.is_autocast_enabled(device)
+    assert [t.dtype for t in found] == [torch.float32, torch.int64, torch.float32]
+    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, router_io(model, hidden), expected))
+
+
+def test_fp32_router_of_a_copy_uses_the_weights_of_the_copy(model: Dots1ForCausalLM, hidden) -> None:
+    keep_router_in_fp32(model)
+    keep_router_in_fp32(model)
+    copied = copy.deepcopy(model)
+    moe_layers(copied)[0][1].gate.weight.data.mul_(2)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(router_io(copied, hidden)[0], 2 * router_io(model, hidden)[0])
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_router_is_fp32_under_an_adapter_and_sharded(
+    model: Dots1ForCausalLM, token_ids, process_group: None, before: bool
+) -> None:
+    """In whichever order they come; checkpointed, so that backward recomputes the router as well."""
+    inputs = pack(token_ids(9, 4), CPU).model_inputs()
+    found: list[torch.Tensor] = []
+    for block in (block for _, block in moe_layers(model)):
+        block.gate.register_forward_hook(lambda _, __, logits: found.append(logits))
+    if before:
+        keep_router_in_fp32(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted = add_adapter(model, LoraSection(r=2), "base").train()
+    for _, block in moe_layers(adapted):
+        fully_shard(block.gate)
+    for layer in adapted.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(adapted)
+    if not before:
+        keep_router_in_fp32(adapted)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = adapted(**inputs).logits.float().square().mean()
+    loss.backward()
+    assert [logits.dtype for logits in found] == [torch.float32] * 4  # two layers, forward and recomputed
+    assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+
+
+def test_correction_bias_stays_fp32_however_the_model_becomes_bf16(
+    model_dir: Path, model: Dots1ForCausalLM, hidden
+) -> None:
+    def biases(of: Dots1ForCausalLM) -> list[torch.Tensor]:
+        return [block.gate.e_score_correction_bias for _, block in moe_layers(of)]
+
+    expected = [bias.clone() for bias in biases(model)]
+    loaded = load_base_model(model_dir, "bfloat16", "packed", "grouped_mm")
+    assert all(map(torch.equal, biases(loaded), expected))  # equal includes the dtype
+    keep_router_in_fp32(loaded)
+    keep_router_in_fp32(model)
+    for cast in (loaded.bfloat16(), copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(model).half()):
+        assert moe_layers(cast)[0][1].gate.weight.dtype != torch.float32
+        assert all(map(torch.equal, biases(cast), expected))
+        assert all(bias.dtype == torch.float32 for bias in biases(cast))
+        assert router_io(cast, hidden.to(cast.dtype))[0].dtype == torch.float32
+        assert cast.state_dict().keys() == model.state_dict().keys()
+
+
+def test_a_correction_bias_already_rounded_is_refused(model: Dots1ForCausalLM) -> None:
+    with pytest.raises(ValueError, match=r"layer 1: .*bfloat16.*before the cast"):
+        keep_router_in_fp32(model.to(torch.bfloat16))
 
 
 def test_load_metrics_of_even_and_one_sided_loads() -> None:

@@ -1,0 +1,86 @@
+"""TRL's SFT and DPO trainers over our forward: no padding in the model, no logits of tokens that have no label.
+
+TRL keeps its losses, metrics and token counts. It asks the model for per-token log-probabilities with
+`model(..., labels=labels, fused_lm_head=True)`; here that call is answered from packed sequences by
+`model.logprobs.model_logprobs`. TRL's own answer reads the head's weight outside the head's forward, where a sharded
+model has not gathered it, and on CPUs sends every padded position through the head.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from trl import DPOTrainer, SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from dots_align.model import attention
+from dots_align.model.logprobs import IGNORED, model_logprobs
+from dots_align.model.packed import PackedBatch
+
+# Attention implementations that compute packed sequences one by one; the others would pay for the square of the pack.
+PACKING = (attention.IMPLEMENTATION, "flash_attention_2")
+
+
+class LeanModel:
+    """Stands where TRL calls the model: a call with `fused_lm_head=True` is answered leanly, any other passed on."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        config: Any = getattr(model, "module", model).config
+        self.packs = config._attn_implementation in PACKING
+
+    def __call__(
+        self, *, labels: torch.Tensor | None = None, fused_lm_head: bool = False, **inputs: Any
+    ) -> FusedCausalLMOutput | Any:
+        if not fused_lm_head:
+            return self.model(**inputs) if labels is None else self.model(labels=labels, **inputs)
+        assert labels is not None
+        labelled = labels[:, 1:] != IGNORED
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        if self.packs and "attention_mask" in inputs:
+            inputs, targets = unpadded(targets=targets, **inputs)
+        scores = model_logprobs(self.model, inputs, targets, with_entropy=True, with_metrics=True)
+
+        def spread(values: torch.Tensor | None) -> torch.Tensor | None:
+            return None if values is None else values.new_zeros(labelled.shape).masked_scatter(labelled, values)
+
+        return FusedCausalLMOutput(
+            log_probs=spread(scores.logprobs),
+            entropy=spread(scores.entropy),
+            mean_logits=spread(scores.mean_logits),
+            is_top1=spread(scores.is_top1),
+            label_mask=labelled,
+        )
+
+
+def unpadded(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, targets: torch.Tensor, **others: Any
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """A padded batch [B, T] as one packed row: the model's inputs, and the targets [1, N] of the N real tokens."""
+    real = attention_mask.bool()
+    ends = F.pad(real.sum(1).cumsum(0), (1, 0)).int()
+    positions = attention_mask.cumsum(1) - 1
+    batch = PackedBatch(input_ids[real][None], positions[real][None], ends)
+    return {**others, **batch.model_inputs()}, targets[real][None]
+
+
+class LeanSftTrainer(SFTTrainer):
+    """TRL's SFTTrainer on `LeanModel`. Batches come padded, or flattened to one row by `padding_free`."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):
+        lean: Any = LeanModel(model)
+        return super().compute_loss(lean, inputs, return_outputs, num_items_in_batch)
+
+
+class LeanDpoTrainer(DPOTrainer):
+    """TRL's DPOTrainer on `LeanModel`, for the policy and for the reference log-probs computed before training."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):
+        lean: Any = LeanModel(model)
+        return super().compute_loss(lean, inputs, return_outputs, num_items_in_batch)
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        return super().compute_ref_log_probs(LeanModel(model), inputs)
