@@ -22,13 +22,37 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from dots_align import __version__
-from dots_align.config import ModelSection, recipe_dict
+from dots_align.config import LoraSection, ModelSection, ParallelSection, recipe_dict
 from dots_align.data import synthetic
 from dots_align.data.chat import stop_token_ids
 from dots_align.data.tokenizer import train_tokenizer
-from dots_align.model.dots1 import create_model, load_base_model, preset_config
-from dots_align.model.lora import ADAPTER_CONFIG, adapter_base, merge_adapter
-from dots_align.runtime import MetricsLog, is_main_process, logger, now, preserved_rng, recipe_hash, write_json
+from dots_align.model.dots1 import create_model, load_base_model, materialize, meta_model, preset_config
+from dots_align.model.expert_parallel import check_layout, is_sharded, shard_model
+from dots_align.model.lora import (
+    ADAPTER_CONFIG,
+    PeftModel,
+    adapter_base,
+    add_adapter,
+    initialise_adapter,
+    load_adapter_weights,
+    merge_adapter,
+    save_adapter,
+)
+from dots_align.model.sharded_io import load_weights, place_part, save_weights
+from dots_align.runtime import (
+    MetricsLog,
+    barrier,
+    device,
+    is_main_process,
+    logger,
+    now,
+    on_main,
+    preserved_rng,
+    recipe_hash,
+    start_processes,
+    world_size,
+    write_json,
+)
 
 MANIFEST = "manifest.json"
 UNSEALED = (MANIFEST, "README.md")  # a model card may be edited without the checkpoint being damaged
@@ -41,18 +65,29 @@ Hook = Callable[[Path, Any], dict[str, float] | None]
 def staged(final: Path, manifest: dict[str, Any]) -> Iterator[Path]:
     """Yields an empty staging directory; on success seals it with `manifest` and renames it to `final`.
 
-    An exception, or the process dying, leaves no `final`; leftovers of earlier deaths are removed here.
+    An exception, or the process dying, leaves no `final`; leftovers of earlier deaths are removed here. Of several
+    processes all enter and may write; the main one makes, seals and renames.
     """
     staging = final.with_name(f".{final.name}.staging")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    on_main(lambda: _make_empty(staging))
     try:
         yield staging
-        seal(staging, manifest)
-        publish(staging, final)
+        barrier()
+        on_main(lambda: seal_and_publish(staging, final, manifest))
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _make_empty(directory: Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+def seal_and_publish(staging: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Seals a finished staging directory and gives it its name."""
+    seal(staging, manifest)
+    publish(staging, final)
 
 
 def seal(directory: Path, manifest: dict[str, Any]) -> None:
@@ -173,27 +208,30 @@ class Publisher:
     def after_publish(self, checkpoint: Path) -> dict[str, float]:
         """Runs the hooks on a published checkpoint and returns their metrics. A failing hook is reported and costs
         nothing.
+
+        Of several processes all call this; a hook that does not say `everywhere` runs on the main one.
         """
         metrics: dict[str, float] = {}
         link(self.run_dir, "last", checkpoint)
         for name, hook in self.hooks:
             try:
-                with preserved_rng():
-                    metrics.update(hook(checkpoint, self.recipe) or {})
+                if is_main_process() or getattr(hook, "everywhere", False):
+                    with preserved_rng():
+                        metrics.update(hook(checkpoint, self.recipe) or {})
             except Exception as error:  # noqa: BLE001 - a hook is the user's code; the checkpoint and the run go on
                 logger.error("on_save hook %s failed on %s: %s: %s", name, checkpoint, type(error).__name__, error)
-        if (best := best_checkpoint(self.run_dir)) is not None:
-            link(self.run_dir, "best", best)
-        self._drop_old()
+            barrier()
+        if is_main_process():
+            if (best := best_checkpoint(self.run_dir)) is not None:
+                link(self.run_dir, "best", best)
+            self._drop_old()
+        barrier()
         return metrics
 
     def finish_hooks(self, checkpoint: Path, log: MetricsLog) -> None:
         """Runs the hooks of a checkpoint whose process died between publishing it and evaluating it."""
-        if (
-            "evaluate" in dict(self.hooks)
-            and not evaluation_of(checkpoint)
-            and (metrics := self.after_publish(checkpoint))
-        ):
+        missing = on_main(lambda: "evaluate" in dict(self.hooks) and not evaluation_of(checkpoint))
+        if missing and (metrics := self.after_publish(checkpoint)):
             log.log(step_of(checkpoint), metrics)
 
     def _drop_old(self) -> None:
@@ -232,9 +270,21 @@ def link(run_dir: Path, name: str, target: Path) -> None:
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    """Writes weights (safetensors, the hub's per-expert names; an adapter only its own), config and tokenizer."""
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    """Writes weights (safetensors, the hub's per-expert names; an adapter only its own), config and tokenizer.
+    Collective where the model is sharded.
+    """
+    if isinstance(model, PeftModel):
+        save_adapter(model, directory)
+    elif is_sharded(model):
+        save_weights(model, directory)
+        if is_main_process():
+            model.config.save_pretrained(directory)
+            if model.generation_config is not None:
+                model.generation_config.save_pretrained(directory)
+    elif is_main_process():
+        model.save_pretrained(directory)
+    if is_main_process():
+        tokenizer.save_pretrained(directory)
 
 
 def load_model(
@@ -245,14 +295,7 @@ def load_model(
     Raises:
         ValueError: no such directory, a missing or damaged shard, or not a dots1 checkpoint.
     """
-    if model.path is None:
-        raise ValueError("model.path is not set; give a checkpoint directory, or model.preset=tiny for fresh weights")
-    directory = Path(model.path)
-    check_whole(directory)
-    _check_architecture(directory)
-    base = adapter_base(directory) or directory
-    if base != directory:
-        check_whole(base)
+    directory, base = _directories(model)
     try:
         loaded = load_base_model(base, model.dtype, model.attn_implementation, model.experts_implementation)
         if base != directory:
@@ -263,6 +306,86 @@ def load_model(
     if onto is not None:
         loaded = loaded.to(onto)  # pyright: ignore[reportArgumentType] - transformers wraps `to` in an untyped decorator
     return loaded, tokenizer
+
+
+def _directories(model: ModelSection) -> tuple[Path, Path]:
+    """The checkpoint directory a recipe names, and the one of the full weights (an adapter's base); both are whole."""
+    if model.path is None:
+        raise ValueError("model.path is not set; give a checkpoint directory, or model.preset=tiny for fresh weights")
+    directory = Path(model.path)
+    check_whole(directory)
+    _check_architecture(directory)
+    base = adapter_base(directory) or directory
+    if base != directory:
+        check_whole(base)
+    return directory, base
+
+
+def load_trainable(
+    model: ModelSection, parallel: ParallelSection, bf16: bool, lora: LoraSection | None = None, seed: int = 0
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model a stage trains, on its device: whole on a single process, else every rank's part of it.
+
+    Args:
+        bf16: compute in bfloat16; parameters, gradients' sum and optimizer stay in the dtype of `model.dtype`.
+        lora: fresh adapters to put on; the rest is then frozen.
+        seed: of the adapters' initial values.
+
+    Raises:
+        ValueError: as `load_model`, or a layout that is impossible for this launch, before any weight is read.
+    """
+    if world_size() == 1 and not bf16:
+        loaded, tokenizer = load_model(model, device())
+        return (loaded if lora is None else add_adapter(loaded, lora, str(model.path), seed)), tokenizer
+    directory, base = _directories(model)
+    if base != directory:
+        raise ValueError(
+            f"{directory}: an adapter cannot be merged into a sharded model; `dots-align export {directory}` writes "
+            "the merged checkpoint to start from"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    start_processes(parallel.timeout_minutes)
+    loaded: Any = meta_model(directory, model.dtype, model.attn_implementation, model.experts_implementation)
+    if lora is not None:
+        loaded = add_adapter(loaded, lora, str(model.path), seed)
+    shard_model(loaded, parallel, torch.bfloat16 if bf16 else None, device().type)
+    materialize(loaded, device())
+    load_weights(loaded, directory)
+    if lora is not None:
+        initialise_adapter(loaded, seed, place_part)
+    return loaded, tokenizer
+
+
+def load_state(model: Any, directory: Path) -> None:
+    """Puts a checkpoint of the same run, full or adapter, into a (possibly sharded) model."""
+    if isinstance(model, PeftModel):
+        load_adapter_weights(model, directory, place_part)
+    else:
+        load_weights(model, directory)
+
+
+def check_parallel(recipe: Any) -> None:
+    """Raises ValueError for a layout this launch cannot have, before anything is loaded; the main process says it, the
+    others just end.
+    """
+
+    def check() -> None:
+        if recipe.model.preset is not None:
+            num_experts: Any = preset_config(recipe.model.preset).n_routed_experts
+        else:
+            directory = Path(recipe.model.path)
+            path = (adapter_base(directory) or directory) / "config.json"
+            if not path.is_file():
+                raise ValueError(f"{directory}: not a checkpoint directory: it has no config.json")
+            num_experts = json.loads(path.read_text(encoding="utf-8"))["n_routed_experts"]
+        check_layout(recipe.parallel, world_size(), num_experts)
+
+    try:
+        check()
+    except ValueError:
+        if is_main_process():
+            raise
+        os._exit(1)  # the main process says why, once
 
 
 def stored_dtype(directory: Path) -> Literal["float32", "bfloat16"]:
@@ -286,7 +409,11 @@ def ensure_start(recipe: Any, run_dir: Path) -> ModelSection:
     """
     if recipe.model.preset is None:
         return recipe.model
-    init = run_dir / "init"
+    on_main(lambda: _make_start(recipe, run_dir / "init"))
+    return recipe.model.model_copy(update={"path": str(run_dir / "init"), "preset": None})
+
+
+def _make_start(recipe: Any, init: Path) -> None:
     if not (init / MANIFEST).is_file():
         context = preset_config(recipe.model.preset).max_position_embeddings
         size = preset_config(recipe.model.preset).vocab_size
@@ -295,9 +422,11 @@ def ensure_start(recipe: Any, run_dir: Path) -> ModelSection:
             recipe.model.preset, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
         )
         model = create_model(config, recipe.seed, stop_token_ids(tokenizer))
-        with staged(init, {"stage": "init", "step": 0, "recipe": recipe_dict(recipe), "data_hash": ""}) as staging:
-            save_model(model, tokenizer, staging)
-    return recipe.model.model_copy(update={"path": str(init), "preset": None})
+        staging = init.with_name(f".{init.name}.staging")
+        _make_empty(staging)
+        save_model(model, tokenizer, staging)
+        manifest = {"stage": "init", "step": 0, "recipe": recipe_dict(recipe), "data_hash": ""}
+        seal_and_publish(staging, init, manifest)
 
 
 def tensor_names(directory: Path) -> list[str]:

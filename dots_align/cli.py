@@ -6,8 +6,11 @@ import argparse
 import importlib
 import os
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from dots_align import __version__
 from dots_align.config import load_recipe
@@ -29,12 +32,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         options.run(options)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except ValueError as error:
         if os.environ.get("DOTS_ALIGN_TRACEBACK"):
             raise
-        sys.exit(f"dots-align {options.command}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        if int(os.environ.get("RANK", 0)) == 0:
+            sys.exit(f"dots-align {options.command}: {error}")
+        _end_other_rank(error)
+    except Exception as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        traceback.print_exc()
+        _end_other_rank(error)
+
+
+def _end_other_rank(error: Exception) -> NoReturn:
+    """Ends one of several processes, which may be waiting for each other."""
+    from dots_align.runtime import die
+
+    if isinstance(error, ValueError):
+        time.sleep(3)  # the main process most likely says the same, and the launcher then ends this one
+    die(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -72,10 +91,17 @@ def _parser() -> argparse.ArgumentParser:
 
 def _stage(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides, options.command)
-    from dots_align.runtime import setup_logging
+    from dots_align.runtime import setup_logging, start_processes, stop_processes, world_size
 
     setup_logging()
+    if recipe.stage != "pipeline":
+        from dots_align.checkpoint import check_parallel
+
+        check_parallel(recipe)
+    if world_size() > 1 and recipe.stage != "pipeline":
+        start_processes(recipe.parallel.timeout_minutes)
     importlib.import_module(f"dots_align.stages.{recipe.stage}").run(recipe)
+    stop_processes()
 
 
 def _eval(options: argparse.Namespace) -> None:

@@ -39,8 +39,8 @@ class RouterSection(Section):
 
     bias_policy: Literal["frozen", "track", "update"] = Field(
         default="frozen",
-        description="of e_score_correction_bias: left alone; left alone but the update it would get is logged; or moved "
-        "by bias_update_rate against each expert's load after every optimizer step (aux-loss-free balancing)",
+        description="of e_score_correction_bias: left alone; left alone, the update it would get logged; or moved by "
+        "bias_update_rate against each expert's load after every optimizer step (aux-loss-free balancing)",
     )
     bias_update_rate: float = Field(default=1e-3, gt=0)
     balance_loss_coef: float = Field(default=0.0, ge=0, description="weight of the sequence-wise balance loss")

@@ -1,4 +1,6 @@
-"""What every stage stands on: the device, seeds, quiet libraries, progress bars, the run directory and its metrics."""
+"""What every stage stands on: the processes of a launch, the device, seeds, quiet libraries, progress bars, the run
+directory and its metrics.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +10,27 @@ import logging
 import os
 import random
 import shutil
+import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 import datasets
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm.auto import tqdm
 
 from dots_align import __version__
 from dots_align.config import Section, recipe_dict, recipe_differences
 
 logger = logging.getLogger("dots_align")
+Result = TypeVar("Result")
 
 
 class _BarFriendlyHandler(logging.Handler):
@@ -67,8 +72,86 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
 def is_main_process() -> bool:
-    return int(os.environ.get("RANK", 0)) == 0
+    return rank() == 0
+
+
+def start_processes(timeout_minutes: float) -> None:
+    """Joins the other processes of an `accelerate launch` or `torchrun`; a process alone makes a group of one.
+
+    Args:
+        timeout_minutes: how long a process waits for another one before it gives up.
+    """
+    if dist.is_initialized():
+        return
+    # Sharding is ours; accelerate only launches. A config of type FSDP would make it wrap the model as well.
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    timeout, place = timedelta(minutes=timeout_minutes), device()
+    if place.type == "cuda":
+        torch.cuda.set_device(place)
+    backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
+    if world_size() > 1:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def stop_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def die(error: BaseException) -> NoReturn:
+    """Ends this process of several at once, naming it; the launcher then ends the others."""
+    print(
+        f"dots-align: rank {rank()} of {world_size()} ({socket.gethostname()}, process {os.getpid()}) failed: "
+        f"{type(error).__name__}: {error}",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(1)  # not sys.exit: leaving a process group in good order would wait for the others
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def on_main(action: Callable[[], Result]) -> Result:
+    """Runs `action` on the main process alone and gives every process its result.
+
+    If it raises, the main process raises and the others end without a word: there is one message, not one a process.
+    """
+    if world_size() == 1:
+        return action()
+    outcome: list[Any] = [None, False]
+    try:
+        if is_main_process():
+            outcome = [action(), True]
+    finally:
+        dist.broadcast_object_list(outcome, src=0)
+        if not outcome[1] and not is_main_process():
+            os._exit(1)
+    return outcome[0]
+
+
+def gather_objects(value: Result) -> list[Result]:
+    """The value of every process, by rank, on every process."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def sum_over_processes(tensor: torch.Tensor) -> None:
+    """Adds up a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
 
 
 def seed_everything(seed: int) -> None:
@@ -121,10 +204,22 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def recipe_hash(recipe: Section) -> str:
-    """Identifies what a run computes: every key but `overwrite`, which only says what to do with an old run."""
+    """Identifies what a run computes."""
+    return hashlib.sha256(json.dumps(_identity(recipe), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _identity(recipe: Section) -> dict[str, Any]:
+    """The keys that change what is computed, so not how it is spread: a run may go on with other processes, if together
+    they take the same batch.
+    """
     values = recipe_dict(recipe)
-    values.pop("overwrite", None)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+    for key in ("overwrite", "parallel"):
+        values.pop(key, None)
+    train = values.get("train") or {}
+    if "per_device_train_batch_size" in train:
+        parts = train.pop("per_device_train_batch_size"), train.pop("gradient_accumulation_steps"), world_size()
+        train["total_batch_size"] = parts[0] * parts[1] * parts[2]
+    return values
 
 
 def open_run_directory(recipe: Any) -> Path:
@@ -133,6 +228,10 @@ def open_run_directory(recipe: Any) -> Path:
     Raises:
         ValueError: the directory belongs to another recipe, or holds something that is no run, and `overwrite` is off.
     """
+    return on_main(lambda: _open_run_directory(recipe))
+
+
+def _open_run_directory(recipe: Any) -> Path:
     directory = Path(recipe.output_dir)
     record = directory / "run.json"
     if directory.exists() and not directory.is_dir():
@@ -150,6 +249,7 @@ def open_run_directory(recipe: Any) -> Path:
             {
                 "stage": recipe.stage,
                 "recipe": recipe_dict(recipe),
+                "identity": _identity(recipe),
                 "recipe_hash": recipe_hash(recipe),
                 "created": now(),
                 "version": __version__,
@@ -181,12 +281,9 @@ def _foreign(directory: Path, record: Path, recipe: Any) -> str | None:
         found = json.loads(record.read_text(encoding="utf-8"))
         if found["recipe_hash"] == recipe_hash(recipe):
             return None
-        old, new = dict(found["recipe"]), recipe_dict(recipe)
+        changes = recipe_differences(dict(found["identity"]), _identity(recipe))
     except (ValueError, KeyError, TypeError):
         return "run.json there is not readable"
-    old.pop("overwrite", None)
-    new.pop("overwrite", None)
-    changes = recipe_differences(old, new)
     shown = "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more keys" if len(changes) > 3 else "")
     return f"it holds another run ({shown})"
 

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Dots1Config, Dots1ForCausalLM, GenerationConfig, PreTrainedModel
 
 from dots_align.model import attention, experts
+from dots_align.model.router import keep_router_in_fp32
 
 # `llm1` is the released shape (142.8 B parameters, 14.0 B active). `tiny` and `small` keep every trait of it (dense
 # first layer, sigmoid router with correction bias, top-k of many narrow experts, 2 shared experts, MHA with QK-norm,
@@ -103,6 +104,15 @@ def create_meta_model(preset: str) -> Dots1ForCausalLM:
         return Dots1ForCausalLM(preset_config(preset))
 
 
+def _attention(name: str) -> str:
+    """The recipe's name of an attention implementation, as transformers knows it."""
+    return attention.IMPLEMENTATION if name == "packed" else name
+
+
+def _experts(name: str) -> str:
+    return experts.IMPLEMENTATION if name == "grouped" else name
+
+
 def load_base_model(
     path: str | Path, dtype: str, attn_implementation: str, experts_implementation: str
 ) -> Dots1ForCausalLM:
@@ -111,15 +121,14 @@ def load_base_model(
     Raises:
         ValueError: a tensor is missing or has the wrong shape; transformers alone would go on with random values.
     """
-    packed, grouped = attn_implementation == "packed", experts_implementation == "grouped"
     wrong = "the checkpoint is not whole, or not of the model its config.json describes"
     with torch.random.fork_rng():
         try:
             loaded: Any = Dots1ForCausalLM.from_pretrained(
                 path,
                 dtype=getattr(torch, dtype),
-                attn_implementation=attention.IMPLEMENTATION if packed else attn_implementation,
-                experts_implementation=experts.IMPLEMENTATION if grouped else experts_implementation,
+                attn_implementation=_attention(attn_implementation),
+                experts_implementation=_experts(experts_implementation),
                 use_safetensors=True,
                 trust_remote_code=False,
                 local_files_only=True,
@@ -134,7 +143,29 @@ def load_base_model(
             raise ValueError(
                 f"{path}: {len(names)} {trouble.replace('_keys', '')} tensors, the first is {names[0]}; {wrong}"
             )
+    keep_router_in_fp32(model)
     return model
+
+
+def meta_model(directory: Path, dtype: str, attn_implementation: str, experts_implementation: str) -> Dots1ForCausalLM:
+    """The model of a checkpoint directory without its weights (meta device), to be sharded and then filled."""
+    config = Dots1Config.from_pretrained(directory, local_files_only=True)
+    config._attn_implementation = _attention(attn_implementation)
+    config._experts_implementation = _experts(experts_implementation)
+    with torch.device("meta"):
+        model = Dots1ForCausalLM(config)
+    keep_router_in_fp32(model)
+    model.to(getattr(torch, dtype))  # pyright: ignore[reportArgumentType]
+    if (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
+    return model
+
+
+def materialize(model: Any, device: torch.device) -> None:
+    """Gives a model on meta its storage, of unspecified content, and computes what no checkpoint holds."""
+    model.to_empty(device=device)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base.model.rotary_emb = type(base.model.rotary_emb)(config=base.config, device=device)
 
 
 def lm_head(model: PreTrainedModel) -> nn.Linear:

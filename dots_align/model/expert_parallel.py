@@ -33,8 +33,8 @@ def check_layout(parallel: ParallelSection, world_size: int, num_experts: int) -
     ep, replicas = parallel.ep, parallel.dp_replicate
     if world_size % (ep * replicas):
         raise ValueError(
-            f"parallel.ep={ep} times parallel.dp_replicate={replicas} does not divide the {world_size} processes of this "
-            f"launch; launch a multiple of {ep * replicas}, or lower them"
+            f"parallel.ep={ep} times parallel.dp_replicate={replicas} does not divide the {world_size} processes of "
+            f"this launch; launch a multiple of {ep * replicas}, or lower them"
         )
     if num_experts % ep:
         fitting = [n for n in range(1, num_experts + 1) if num_experts % n == 0 and world_size % (n * replicas) == 0]
@@ -102,7 +102,7 @@ class _Depart(torch.autograd.Function):
         return transfer.launch(rows, transfer.received, transfer.sent)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return ctx.transfer.wait(), None  # `gradient` only stood for it
 
 
@@ -119,7 +119,7 @@ class _Arrive(torch.autograd.Function):
         return rows.view_as(rows)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx.transfer.launch(gradient, ctx.transfer.sent, ctx.transfer.received)
         return gradient, None  # autograd wants the shape of what went in
 
@@ -133,7 +133,7 @@ class _Permute(torch.autograd.Function):
         return rows[order]
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (inverse,) = ctx.saved_tensors
         return gradient[inverse], None, None
 
@@ -258,8 +258,13 @@ def _expert_placement(mesh: DeviceMesh):
     size = mesh.shape[-1]
 
     def place(parameter: nn.Parameter) -> Shard:
-        fitting = [dim for dim in (1, 2) if parameter.shape[dim] % size == 0]
-        return Shard(fitting[0] if fitting else 0)
+        for dim in (1, 2):
+            if parameter.shape[dim] % size == 0:
+                return Shard(dim)
+        raise ValueError(
+            f"an expert tensor {tuple(parameter.shape)} cannot be split evenly over {size} processes; use a larger "
+            "parallel.ep or parallel.dp_replicate"
+        )
 
     return place
 
@@ -271,6 +276,10 @@ def _average_over_world(module: Any, mesh: DeviceMesh) -> None:
         # gloo cannot multiply while it sums. Over a single rank FSDP2 divides by itself, and with this flag once more
         # (torch 2.13, foreach_reduce).
         module.set_force_sum_reduction_for_comms(True)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return isinstance(model, FSDPModule)
 
 
 @contextmanager

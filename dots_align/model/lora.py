@@ -7,6 +7,7 @@ shards. Files are PEFT's: what is saved here loads in plain PEFT on plain transf
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -67,8 +68,9 @@ class ExpertAdapter(nn.Module, BaseTunerLayer):
             options: Any = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
             a[name] = nn.Parameter(torch.zeros(num_experts, r, in_features, **options))
             b[name] = nn.Parameter(torch.zeros(num_experts, out_features, r, **options))
-        self.lora_A = nn.ModuleDict({ADAPTER: nn.ParameterDict(a)})
-        self.lora_B = nn.ModuleDict({ADAPTER: nn.ParameterDict(b)})
+        # As pairs: of a plain dict ParameterDict would sort the names, and their order is part of PEFT's file.
+        self.lora_A = nn.ModuleDict({ADAPTER: nn.ParameterDict(list(a.items()))})
+        self.lora_B = nn.ModuleDict({ADAPTER: nn.ParameterDict(list(b.items()))})
 
     def get_base_layer(self) -> nn.Module:
         """There is none: the adapter lies beside the weights, around nothing. PEFT's default would answer with the
@@ -306,7 +308,9 @@ def save_adapter(model: PeftModel, directory: Path, gather: Gather = _cpu, is_ma
 def _write(model: PeftModel, directory: Path, tensors: dict[str, torch.Tensor]) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / ADAPTER_WEIGHTS, metadata={"format": "pt"})
-    model.peft_config[ADAPTER].save_pretrained(str(directory), auto_mapping_dict=None)
+    config = copy.copy(model.peft_config[ADAPTER])
+    config.inference_mode = True  # as PEFT writes it: who loads the adapter gets it frozen
+    config.save_pretrained(str(directory))
 
 
 def load_adapter_weights(model: PeftModel, directory: Path, place: Place = _copy) -> None:
@@ -366,9 +370,12 @@ def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     expected = {n.replace(f".{ADAPTER}", ""): tuple(p.shape) for n, p in adapted.named_parameters() if ".lora_" in n}
     with safe_open(directory / ADAPTER_WEIGHTS, framework="pt") as file:
         _check_tensors(directory / ADAPTER_WEIGHTS, file, expected)
-    for module in adapted.modules():
+    for path, module in list(adapted.named_modules()):
         if isinstance(module, ParamWrapper) and module.num_experts > 1:
             _merge_experts(module)
+            parent, _, leaf = path.rpartition(".")
+            if leaf != "base_layer":  # the outermost of the wrappers of one experts module
+                setattr(adapted.get_submodule(parent), leaf, module.get_base_layer())
     return adapted.merge_and_unload()
 
 
@@ -382,7 +389,6 @@ def _merge_experts(wrapper: ParamWrapper) -> None:
     for expert in range(wrapper.num_experts):
         update = (b[:, :, expert] @ a[expert]).mul_(wrapper.scaling[ADAPTER])
         weight[expert].copy_(update.add_(weight[expert]))
-    wrapper.merged_adapters = [ADAPTER]  # so PEFT leaves it alone when it merges the rest
 
 
 def trainable_summary(model: nn.Module) -> str:

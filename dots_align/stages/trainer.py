@@ -4,31 +4,48 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from dots_align.checkpoint import (
     Publisher,
     check_whole,
     checkpoints,
     ensure_start,
-    load_model,
+    load_state,
+    load_trainable,
     newest_whole,
-    publish,
-    seal,
+    save_model,
+    seal_and_publish,
     step_of,
 )
-from dots_align.config import ModelSection
 from dots_align.evals.on_save import resolve_hooks
-from dots_align.model.lora import PeftModel, add_adapter, trainable_summary
-from dots_align.model.router import LoadMonitor, load_metrics
-from dots_align.runtime import MetricsLog, device, logger, progress
+from dots_align.model.balance import BalanceLoss, BiasPolicy, count_sequences
+from dots_align.model.expert_parallel import clip_grad_norm
+from dots_align.model.lora import trainable_summary
+from dots_align.model.optimizer import ShardedAdamW, load_optimizer, make_optimizer, save_optimizer
+from dots_align.model.router import LoadMonitor
+from dots_align.runtime import (
+    MetricsLog,
+    barrier,
+    device,
+    logger,
+    on_main,
+    progress,
+    sum_over_processes,
+    world_size,
+    write_json,
+)
+from dots_align.stages.routing import router_metrics, watch_router
 
 Trainer = TypeVar("Trainer", bound=type)
 STAGING = ".staging"
+SCHEDULE = "scheduler.json"
 
 
 def trainer_arguments(recipe: Any, run_dir: Path, has_cuda: bool) -> dict[str, Any]:
@@ -52,8 +69,7 @@ def trainer_arguments(recipe: Any, run_dir: Path, has_cuda: bool) -> dict[str, A
         "adam_beta2": optim.adam_beta2,
         "adam_epsilon": optim.adam_epsilon,
         "max_grad_norm": optim.max_grad_norm,
-        "bf16": train.bf16,
-        "optim": "adamw_torch_fused",
+        "bf16": False,  # what computes in bfloat16, and what does not, is decided where the model is sharded
         "logging_steps": recipe.logging.logging_steps,
         "logging_first_step": True,
         "save_strategy": "steps",
@@ -66,50 +82,99 @@ def trainer_arguments(recipe: Any, run_dir: Path, has_cuda: bool) -> dict[str, A
     }
 
 
-def prepare_model(recipe: Any, run_dir: Path) -> tuple[PreTrainedModel | PeftModel, PreTrainedTokenizerBase]:
-    """The model a stage trains, on its device: the start checkpoint, with fresh adapters if the recipe has `lora:`."""
+def prepare_model(recipe: Any, run_dir: Path) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The model a stage trains, every process its part: the start checkpoint, with fresh adapters if the recipe has
+    `lora:`.
+    """
     start = ensure_start(recipe, run_dir)
-    model, tokenizer = load_model(start, device())
-    if recipe.lora is not None:
-        model = add_adapter(model, recipe.lora, str(start.path))
+    model, tokenizer = load_trainable(start, recipe.parallel, recipe.train.bf16, recipe.lora, recipe.seed)
     logger.info("%s: %s", recipe.stage, trainable_summary(model))
     return model, tokenizer
 
 
-def published_by(trainer_class: Trainer, publisher: Publisher, log: MetricsLog) -> Trainer:
-    """A TRL trainer class that saves through `publisher`: staged, sealed, renamed, then the hooks."""
+@dataclass
+class StageRun:
+    """What a trainer works with beside TRL: where checkpoints go, what is logged, what happens to the router."""
+
+    recipe: Any
+    publisher: Publisher
+    log: MetricsLog
+    monitor: LoadMonitor
+    balance: BalanceLoss | None
+    bias: BiasPolicy
+
+
+def published_by(trainer_class: Trainer, run: StageRun) -> Trainer:
+    """A TRL trainer class on sharded models, with our optimizer, that saves through `run.publisher`: staged, sealed,
+    renamed, then the hooks.
+    """
+    publisher, recipe = run.publisher, run.recipe
 
     class PublishingTrainer(trainer_class):  # type: ignore[misc, valid-type]
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """No card for an intermediate checkpoint; the export writes one."""
 
+        def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+            if self.optimizer is None:
+                offload = recipe.parallel.offload_optimizer
+                self.optimizer = make_optimizer(self.model.named_parameters(), recipe.optim, offload)
+            return self.optimizer
+
+        def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+            batches, num_items = super().get_batch_samples(*args, **kwargs)
+            if run.balance is not None and batches:
+                sequences = torch.tensor([sum(count_sequences(b) for b in batches)], device=device())
+                sum_over_processes(sequences)
+                run.balance.scale = world_size() / float(sequences)
+            return batches, num_items
+
+        def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+            return clip_grad_norm(self.model.parameters(), self.args.max_grad_norm)
+
         def _get_output_dir(self, trial: Any) -> str:
             return str(publisher.run_dir / STAGING)
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            if publisher.recipe.lora is not None:
-                super()._load_from_checkpoint(resume_from_checkpoint, model)
-                return
             # transformers would load the file's tensors by name and ignore the rest: the experts, which have the hub's
             # names in the file and are fused in the model, would silently keep their old weights.
-            saved, _ = load_model(ModelSection(path=resume_from_checkpoint, dtype=publisher.recipe.model.dtype))
-            (model or self.model).load_state_dict(saved.state_dict())
+            load_state(model or self.model, Path(resume_from_checkpoint))
+
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            assert output_dir is not None
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_model(self.model, self.processing_class, Path(output_dir))
+
+        def _trained(self) -> dict[str, torch.Tensor]:
+            return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            save_optimizer(unwrapped(self.optimizer), self._trained(), Path(output_dir))
+            if self.args.should_save:
+                write_json(Path(output_dir) / SCHEDULE, self.lr_scheduler.state_dict())
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            if checkpoint is not None:
+                load_optimizer(unwrapped(self.optimizer), self._trained(), Path(checkpoint))
+                state = json.loads((Path(checkpoint) / SCHEDULE).read_text(encoding="utf-8"))
+                self.lr_scheduler.load_state_dict(state)
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            if self.args.should_save:  # what a process left that died while saving must not get into the manifest
-                shutil.rmtree(publisher.run_dir / STAGING, ignore_errors=True)
-            super()._save_checkpoint(model, trial)
-            if not self.args.should_save:
-                return
             step = self.state.global_step
-            staging = publisher.run_dir / STAGING / f"checkpoint-{step}"
-            self.processing_class.save_pretrained(staging)
-            seal(staging, publisher.manifest(step))
-            publish(staging, publisher.final_path(step))
-            if metrics := publisher.after_publish(publisher.final_path(step)):
-                log.log(step, metrics)
+            staging, final = publisher.run_dir / STAGING, publisher.final_path(step)
+            # What a process left that died while saving must not get into the manifest.
+            on_main(lambda: shutil.rmtree(staging, ignore_errors=True))
+            super()._save_checkpoint(model, trial)
+            barrier()
+            on_main(lambda: seal_and_publish(staging / final.name, final, publisher.manifest(step)))
+            if metrics := publisher.after_publish(final):
+                run.log.log(step, metrics)
 
     return PublishingTrainer  # type: ignore[return-value]
+
+
+def unwrapped(optimizer: Any) -> ShardedAdamW:
+    """The optimizer itself, which accelerate wraps."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 class StageCallback(TrainerCallback):
@@ -117,14 +182,15 @@ class StageCallback(TrainerCallback):
     it.
     """
 
-    def __init__(self, stage: str, log: MetricsLog, monitor: LoadMonitor) -> None:
-        self.stage, self.log, self.monitor = stage, log, monitor
+    def __init__(self, run: StageRun) -> None:
+        self.run, self.stage = run, run.recipe.stage
         self.bar: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.bar = progress(state.max_steps, self.stage, "step", initial=state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.run.bias.after_step()
         self.bar.update()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -135,11 +201,9 @@ class StageCallback(TrainerCallback):
         if f"{self.stage}/loss" not in values:
             return  # the summary at the end of training, which the run's files already tell
         self.bar.set_postfix(loss=f"{values[f'{self.stage}/loss']:.4f}")
-        load = self.monitor.take()
-        if load is not None:
-            self.log.log_router(state.global_step, self.monitor.layers, load)
-            values |= {f"{self.stage}/router_{name}": value for name, value in load_metrics(load).items()}
-        self.log.log(state.global_step, values)
+        router = router_metrics(self.run.log, state.global_step, self.run.monitor, self.run.balance, self.run.bias)
+        values |= {f"{self.stage}/router_{name}": value for name, value in router.items()}
+        self.run.log.log(state.global_step, values)
 
 
 def _is_last_step(checkpoint: Path) -> bool:
@@ -149,7 +213,7 @@ def _is_last_step(checkpoint: Path) -> bool:
 
 
 def train_and_publish(
-    trainer_class: Any, recipe: Any, run_dir: Path, model: PreTrainedModel | PeftModel, data_hash: str, **arguments: Any
+    trainer_class: Any, recipe: Any, run_dir: Path, model: Any, data_hash: str, **arguments: Any
 ) -> Path:
     """Builds the trainer, resumes from the newest whole checkpoint if there is one, trains, publishes the last step.
 
@@ -157,22 +221,21 @@ def train_and_publish(
         the run's last checkpoint.
     """
     publisher = Publisher(run_dir, recipe, data_hash, resolve_hooks(recipe))
-    resume = newest_whole(run_dir)
+    resume = on_main(lambda: newest_whole(run_dir))
     log = MetricsLog(run_dir, step_of(resume) if resume else 0, recipe.logging.report_to)
-    monitor = LoadMonitor(model)
     if resume is not None:
         publisher.finish_hooks(resume, log)
         if _is_last_step(resume):
             logger.info("%s: %s is the last step, nothing is left to do", recipe.stage, resume)
             return resume
         logger.info("resuming from %s", resume)
-    trainer = published_by(trainer_class, publisher, log)(
-        model=model, callbacks=[StageCallback(recipe.stage, log, monitor)], **arguments
-    )
+        load_state(model, resume)  # the trainer does so again, but the bias policy starts from what is there
+    run = StageRun(recipe, publisher, log, *watch_router(model, recipe.router))
+    trainer = published_by(trainer_class, run)(model=model, callbacks=[StageCallback(run)], **arguments)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.state.global_step not in map(step_of, checkpoints(run_dir)):
         trainer._save_checkpoint(trainer.model, trial=None)
     last = publisher.final_path(trainer.state.global_step)
-    check_whole(last)
+    on_main(lambda: check_whole(last))
     return last

@@ -174,7 +174,11 @@ def test_outputs_and_gradients_are_those_of_pefts_own_target_parameters(
 ) -> None:
     lora = LoraSection(r=4, lora_alpha=12, target_modules=("q_proj", "v_proj"), target_parameters=parameters)
     config = LoraConfig(
-        r=4, lora_alpha=12, target_modules=["q_proj", "v_proj"], target_parameters=list(parameters), task_type="CAUSAL_LM"
+        r=4,
+        lora_alpha=12,
+        target_modules=["q_proj", "v_proj"],
+        target_parameters=list(parameters),
+        task_type="CAUSAL_LM",
     )
     peft: Any = get_peft_model(plain_model(model_dir), config).eval()
     train_a_little(peft)
@@ -214,7 +218,7 @@ def test_a_fresh_adapter_says_nothing_and_trains_only_itself(model: Any, ids: to
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
     for name, value in adapter_of(adapted).items():
         assert not torch.equal(value, start[name]), name
@@ -308,19 +312,11 @@ def test_a_saved_adapter_loads_in_plain_peft_with_the_same_outputs(
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_the_config_file_is_the_same_each_time_and_keeps_the_recipes_names(model: Any, tmp_path: Path) -> None:
-    adapted = add_adapter(model, EVERYTHING, "base")
-    for name in ("a", "b"):
-        save_adapter(adapted, tmp_path / name)
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert (tmp_path / "b" / "adapter_config.json").read_text() == (tmp_path / "a" / "adapter_config.json").read_text()
+def test_the_config_file_is_sorted_and_names_targets_as_peft_understands_them(model: Any, tmp_path: Path) -> None:
+    save_adapter(add_adapter(model, EVERYTHING, "base"), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert config["target_modules"] == ["o_proj", "q_proj"]
-    assert set(config["target_parameters"]) == {
-        *EXPERTS,
-        "gate_proj.weight",
-        "up_proj.weight",
-        "down_proj.weight",
-    }
+    assert config["target_parameters"] == sorted((*EXPERTS, "gate_proj.weight", "up_proj.weight", "down_proj.weight"))
     assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 12, "base")
     assert config["inference_mode"]
 
@@ -456,7 +452,6 @@ def test_dpo_takes_the_model_with_adapters_off_as_its_reference(model: Any, toke
     assert len(list(adapted.parameters())) == count
     train_a_little(adapted)
     inputs = next(iter(trainer.get_train_dataloader()))
-    _, metrics = trainer.compute_ref_log_probs(adapted, inputs), None
     found = trainer.compute_ref_log_probs(adapted, inputs)
     with torch.no_grad():
         scores = base(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits.log_softmax(-1)

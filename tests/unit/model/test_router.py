@@ -165,17 +165,9 @@ def test_padding_is_not_load(model: Dots1ForCausalLM, token_ids) -> None:
         model(input_ids=torch.tensor([long, padded]), attention_mask=torch.tensor([[1] * 9, mask]))
         assert monitor.take() == expected
         assert monitor.score_entropy == pytest.approx(entropy, abs=1e-6)
-
-
-def test_load_over_processes_is_that_of_all_their_tokens(model: Dots1ForCausalLM, token_ids) -> None:
-    """Processes that sum what they counted all report the same, one that had no tokens included."""
-    batches = [pack(token_ids(*sizes, seed=7), CPU).model_inputs() for sizes in ((9, 4), (6,))]
-    alone, sent = LoadMonitor(copy.deepcopy(model)), []
-    processes = [LoadMonitor(copy.deepcopy(model), reduce=sent.append) for _ in range(3)]
-    for monitor, inputs in zip(processes, batches, strict=False):
-        monitor.model(**inputs)
-        alone.model(**inputs)
-    expected = alone.take()
+    # What a process without work runs to keep others company.
+    model(input_ids=torch.tensor([long]), attention_mask=torch.zeros(1, 9))
+    assert monitor.take() is None
 
 
 def test_score_entropy_of_even_and_one_sided_scores(model: Dots1ForCausalLM, token_ids) -> None:
@@ -247,7 +239,7 @@ def test_router_is_fp32_under_an_adapter_and_sharded(
     model: Dots1ForCausalLM, token_ids, process_group: None, before: bool
 ) -> None:
     """In whichever order they come; checkpointed, so that backward recomputes the router as well."""
-    inputs = pack(token_ids(9, 4), CPU).model_inputs()
+    inputs = {"input_ids": torch.tensor(token_ids(9))}
     found: list[torch.Tensor] = []
     for block in (block for _, block in moe_layers(model)):
         block.gate.register_forward_hook(lambda _, __, logits: found.append(logits))

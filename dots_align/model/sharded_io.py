@@ -1,0 +1,182 @@
+"""Hub-layout checkpoints straight into the shards of a model and back; no rank ever holds the whole model.
+
+The hub has one tensor for each expert and projection, the model one for all experts of a layer.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+INDEX = "model.safetensors.index.json"
+WEIGHTS = "model.safetensors"
+CORRECTION_BIAS = "e_score_correction_bias"
+_EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
+
+
+def hub_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers of a dots1 model (bare or under adapters, which are left out), by the name they
+    have without adapters; experts are still fused.
+    """
+    stored = set(model.state_dict())
+    found = {}
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in stored and "lora" not in name:
+            found[name.removeprefix("base_model.model.").replace(".base_layer.", ".")] = tensor
+    return found
+
+
+class _HubFiles:
+    """Slices of tensors in the safetensors files of a directory, opened when first needed."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._open: dict[str, Any] = {}
+        if (directory / INDEX).is_file():
+            self.file_of: dict[str, str] = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        else:
+            with safe_open(directory / WEIGHTS, framework="pt") as file:
+                self.file_of = dict.fromkeys(file.keys(), WEIGHTS)
+
+    def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> torch.Tensor:
+        if name not in self.file_of:
+            raise ValueError(f"{self.directory}: tensor {name} is missing; the checkpoint is not whole")
+        file = self.file_of[name]
+        if file not in self._open:
+            self._open[file] = safe_open(self.directory / file, framework="pt")
+        tensor = self._open[file].get_slice(name)
+        if tuple(tensor.get_shape()) != shape:
+            raise ValueError(
+                f"{self.directory}: tensor {name} has shape {tuple(tensor.get_shape())}, its config.json says {shape}"
+            )
+        return tensor[part] if part else tensor[...]
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, directory: Path) -> None:
+    """Fills the local part of every weight from a full checkpoint; each rank reads only what it keeps.
+
+    Raises:
+        ValueError: a tensor is missing or has another shape than the model's configuration says.
+    """
+    files = _HubFiles(directory)
+    for name, tensor in hub_tensors(model).items():
+        shape, offset, target = tuple(tensor.shape), (0,) * tensor.dim(), tensor
+        if isinstance(tensor, DTensor):
+            shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+            target = tensor.to_local()
+        if target.numel() == 0:
+            continue
+        part = tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
+        if experts := _EXPERTS.fullmatch(name):
+            _load_experts(files, experts[1], experts[2], tensor.shape, part, target)
+        else:
+            target.copy_(files.read(name, tuple(tensor.shape), part))
+
+
+def _load_experts(
+    files: _HubFiles, prefix: str, name: str, shape: torch.Size, part: tuple[slice, ...], target: torch.Tensor
+) -> None:
+    """One fused tensor's local part [experts, rows, columns] from the hub's tensors of single experts."""
+    _, rows, columns = part
+    if name == "down_proj":
+        halves = [("down_proj", 0, shape[1])]
+    else:  # rows [0, I) are the gate's, [I, 2I) those of up
+        half = shape[1] // 2
+        halves = [("gate_proj", 0, half), ("up_proj", half, shape[1])]
+    for place, expert in enumerate(range(part[0].start, part[0].stop)):
+        for projection, first, end in halves:
+            begin, stop = max(rows.start, first), min(rows.stop, end)
+            if begin < stop:
+                wanted = (slice(begin - first, stop - first), columns)
+                tensor = files.read(f"{prefix}.{expert}.{projection}.weight", (end - first, shape[2]), wanted)
+                target[place, begin - rows.start : stop - rows.start].copy_(tensor)
+
+
+def _as_hub(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A fused experts tensor as the hub's single ones; others as they are."""
+    experts = _EXPERTS.fullmatch(name)
+    if experts is None:
+        yield name, tensor
+        return
+    for expert, weights in enumerate(tensor):
+        if experts[2] == "down_proj":
+            yield f"{experts[1]}.{expert}.down_proj.weight", weights
+        else:
+            gate, up = weights.chunk(2)
+            yield f"{experts[1]}.{expert}.gate_proj.weight", gate
+            yield f"{experts[1]}.{expert}.up_proj.weight", up
+
+
+def full_tensor(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The whole of a (possibly sharded) tensor on the host; collective. Converted before it is gathered."""
+    tensor = tensor.detach() if dtype is None else tensor.detach().to(dtype)
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+
+
+def place_part(parameter: torch.Tensor, whole: torch.Tensor) -> None:
+    """Writes this rank's part of `whole` into a (possibly sharded) parameter."""
+    with torch.no_grad():
+        if isinstance(parameter, DTensor):
+            shape, offset = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            part = tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
+            parameter.to_local().copy_(whole[part])
+        else:
+            parameter.copy_(whole)
+
+
+@torch.no_grad()
+def save_weights(
+    model: nn.Module, directory: Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 << 30
+) -> None:
+    """Writes the hub's layout, gathering one tensor at a time; collective.
+
+    Files are written by the ranks in turn, so that at most one file's tensors are in one rank's host memory.
+
+    Args:
+        dtype: stored dtype, each tensor's own if None; correction biases stay fp32.
+    """
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    tensors = hub_tensors(model)
+    stored = {n: torch.float32 if n.endswith(CORRECTION_BIAS) else dtype or t.dtype for n, t in tensors.items()}
+    shards: list[list[str]] = [[]]
+    room = max_shard_bytes
+    for name, tensor in tensors.items():
+        size = tensor.numel() * stored[name].itemsize
+        if shards[-1] and size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+    weight_map: dict[str, str] = {}
+    total = 0
+    for number, names in enumerate(shards):
+        file = WEIGHTS if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        mine: dict[str, torch.Tensor] = {}
+        for name in names:
+            whole = full_tensor(tensors[name], stored[name])
+            for hub_name, tensor in _as_hub(name, whole):
+                weight_map[hub_name] = file
+                total += tensor.nbytes
+                if rank == number % world:
+                    mine[hub_name] = tensor.contiguous()
+        if mine:
+            save_file(mine, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1 and rank == 0:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    if world > 1:
+        dist.barrier()
