@@ -282,6 +282,7 @@ class GrpoRecipe(_StageRecipe):
 
     stage: Literal["grpo"]
     train: RlTrainSection = RlTrainSection()
+    lora: LoraSection | None = None
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     rewards: tuple[RewardSection, ...] = Field(min_length=1)

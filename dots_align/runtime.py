@@ -55,6 +55,8 @@ def setup_logging() -> None:
     datasets.disable_progress_bars()
     for name in ("accelerate", "datasets", "deepspeed", "DeepSpeed", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, which trl imports, warns that it has no GPU
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module=r"torch|trl|peft|accelerate")
 

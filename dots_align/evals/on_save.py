@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dots_align.checkpoint import Hook, load_model
-from dots_align.config import EvaluationSection, ModelSection
+from dots_align.checkpoint import Hook, load_trainable
+from dots_align.config import EvaluationSection, ModelSection, ParallelSection
 from dots_align.evals.suite import evaluate
-from dots_align.runtime import device, logger, write_json
+from dots_align.runtime import is_main_process, logger, write_json
 from dots_align.scoring import load_function
 
 
@@ -24,17 +24,33 @@ def resolve_hooks(recipe: Any) -> list[tuple[str, Hook]]:
 
 
 def evaluate_checkpoint(checkpoint: Path, recipe: Any) -> dict[str, float]:
-    """The `evaluate` hook: writes `eval.json` beside the weights and returns its metrics as `eval/<name>`."""
-    return evaluate_directory(checkpoint, recipe.model, recipe.evaluation, recipe.seed, checkpoint / "eval.json")
+    """The `evaluate` hook: writes `eval.json` beside the weights and returns its metrics as `eval/<name>`. It runs on
+    every process, on a copy of the model that is spread over them as the one that trains.
+    """
+    output = checkpoint / "eval.json"
+    return evaluate_directory(
+        checkpoint, recipe.model, recipe.evaluation, recipe.seed, output, recipe.parallel, recipe.train.bf16
+    )
+
+
+evaluate_checkpoint.everywhere = True  # pyright: ignore[reportFunctionMemberAccess]
 
 
 def evaluate_directory(
-    checkpoint: Path, model: ModelSection, evaluation: EvaluationSection, seed: int, output: Path
+    checkpoint: Path,
+    model: ModelSection,
+    evaluation: EvaluationSection,
+    seed: int,
+    output: Path,
+    parallel: ParallelSection | None = None,
+    bf16: bool = False,
 ) -> dict[str, float]:
     """Loads a checkpoint directory, evaluates it and writes the result to `output`."""
-    loaded, tokenizer = load_model(model.model_copy(update={"path": str(checkpoint), "preset": None}), device())
+    section = model.model_copy(update={"path": str(checkpoint), "preset": None})
+    loaded, tokenizer = load_trainable(section, parallel or ParallelSection(), bf16)
     result = evaluate(loaded, tokenizer, evaluation, seed)
-    write_json(output, result)
+    if is_main_process():
+        write_json(output, result)
     metrics = result["metrics"]
     logger.info(
         "%s: exact match %.1f %%, stop rate %.1f %%, mean length %.1f tokens (%d prompts)",

@@ -10,8 +10,9 @@ from dots_align.config import EvaluationSection
 from dots_align.data.chat import stop_token_ids
 from dots_align.data.encoding import encode_prompts
 from dots_align.data.sources import data_hash, load_prompts
+from dots_align.model.expert_parallel import is_sharded
 from dots_align.rollout.engine import RolloutEngine
-from dots_align.runtime import progress
+from dots_align.runtime import gather_objects, progress, rank, world_size
 from dots_align.scoring import RewardSum
 from dots_align.types import GenerationRequest, Prompt, Response, Sample, SamplingParams
 
@@ -19,7 +20,8 @@ from dots_align.types import GenerationRequest, Prompt, Response, Sample, Sampli
 def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluation: EvaluationSection, seed: int
 ) -> dict[str, Any]:
-    """Answers the prompts greedily and scores them.
+    """Answers the prompts greedily and scores them. Of a sharded model every process answers its share and gets the
+    whole result.
 
     Returns:
         the content of `eval.json`: `metrics` (`exact_match`: share of prompts the scorer gave at least 1;
@@ -30,7 +32,10 @@ def evaluate(
     if data.path.startswith("synthetic:"):
         data = data.model_copy(update={"max_samples": data.max_samples or evaluation.num_prompts})
     prompts = load_prompts(data, seed)[: evaluation.num_prompts]
-    responses = _answer(model, tokenizer, evaluation, prompts)
+    stride = world_size() if is_sharded(model) else 1
+    own = _answer(model, tokenizer, evaluation, prompts[rank() if stride > 1 else 0 :: stride])
+    parts = gather_objects(own) if stride > 1 else [own]
+    responses = [parts[i % stride][i // stride] for i in range(len(prompts))]
     scorer = RewardSum([(evaluation.scorer, 1.0)])
     scores = [scorer(response)[0] for response in responses]
     count = len(prompts)

@@ -222,6 +222,7 @@ def shard_model(model: Any, parallel: ParallelSection, compute_dtype: torch.dtyp
     _shard(base.model.embed_tokens, meshes.dense, mixed, reshard)
     _shard([base.model.norm, base.lm_head], meshes.dense, mixed, False)  # backward begins with them
     _shard(model, meshes.dense, mixed, False)
+    model.gathered_dtype = compute_dtype
     model._is_accelerate_prepared = True  # accelerate would wrap it in DDP
     model.no_sync = functools.partial(no_gradient_sync, model)  # what accelerate calls while it accumulates
     return meshes
@@ -280,6 +281,11 @@ def _average_over_world(module: Any, mesh: DeviceMesh) -> None:
 
 def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
+
+
+def compute_dtype(model: nn.Module) -> torch.dtype:
+    """What a (possibly sharded) model's activations are in."""
+    return getattr(model, "gathered_dtype", None) or next(model.parameters()).dtype
 
 
 @contextmanager

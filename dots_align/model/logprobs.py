@@ -88,7 +88,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         chunk_bytes: int,
     ) -> tuple[torch.Tensor | None, ...]:
         device = hidden.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else head.dtype
         picked, log_sum = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
         entropy = torch.empty_like(picked) if with_entropy else None
         mean = torch.empty_like(picked) if with_metrics else None
@@ -145,6 +145,7 @@ def score_tokens(
     head: torch.Tensor,
     targets: torch.Tensor,
     temperature: float = 1.0,
+    *,
     with_entropy: bool = False,
     with_metrics: bool = False,
     chunk_bytes: int = CHUNK_BYTES,
@@ -153,7 +154,7 @@ def score_tokens(
 
     Args:
         hidden: [N, hidden] final hidden states, one before each target.
-        head: [V, hidden] weight. Under autocast both are cast to its dtype, else they have the same.
+        head: [V, hidden] weight. Products are in its dtype, or in autocast's; the hidden states are cast to that.
         targets: [N] token ids.
         temperature: divides the logits, in fp32.
         with_entropy: also the entropy; costs a second [chunk, V] buffer.
@@ -165,20 +166,12 @@ def score_tokens(
     return TokenScores(*found)
 
 
-def token_logprobs(
-    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`score_tokens` as a pair: logprobs [N] fp32 (differentiable), entropy [N] fp32 in nats (not differentiable)."""
-    scores = score_tokens(hidden, head, targets, temperature, with_entropy=True)
-    assert scores.entropy is not None
-    return scores.logprobs, scores.entropy
-
-
 def model_logprobs(
     model: nn.Module,
     inputs: dict[str, Any],
     targets: torch.Tensor,
     temperature: float = 1.0,
+    *,
     with_entropy: bool = False,
     with_metrics: bool = False,
 ) -> TokenScores:
@@ -205,7 +198,8 @@ def model_logprobs(
         states, tokens = hidden[wanted], targets[wanted]
         # An adapter's layer in the head's place is no nn.Linear.
         if isinstance(head, nn.Linear) and head.bias is None:
-            found.append(score_tokens(states, head.weight, tokens, temperature, with_entropy, with_metrics))
+            options: Any = {"with_entropy": with_entropy, "with_metrics": with_metrics}
+            found.append(score_tokens(states, head.weight, tokens, temperature, **options))
         else:
             found.append(_score_by_any_head(own_forward, len(head.weight), states, tokens, temperature))
         return found[-1].logprobs

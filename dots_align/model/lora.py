@@ -346,26 +346,43 @@ def _check_tensors(path: Path, file: Any, expected: dict[str, tuple[int, ...]]) 
 
 
 def adapter_base(directory: Path) -> Path | None:
-    """The base checkpoint that an adapter directory names, or None if the directory is a full checkpoint.
+    """The full checkpoint under an adapter directory (under the adapter that it was trained on, if its base is one), or
+    None if the directory is a full checkpoint itself.
 
     A relative base is looked for beside the adapter first, so that a moved run directory keeps working.
     """
-    path = directory / ADAPTER_CONFIG
-    if not path.is_file():
+    if not (directory / ADAPTER_CONFIG).is_file():
         return None
-    named = Path(json.loads(path.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    for candidate in (directory / named, directory.parent / named.name, named):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise ValueError(f"{path}: the base checkpoint {named} is not there; put it back or edit base_model_name_or_path")
+    base, named = _named_base(directory)
+    if base is None:
+        raise ValueError(
+            f"{directory / ADAPTER_CONFIG}: the base checkpoint {named} is not there; put it back or edit "
+            "base_model_name_or_path"
+        )
+    return adapter_base(base) or base
+
+
+def _named_base(directory: Path) -> tuple[Path | None, Path]:
+    """The checkpoint, full or adapter, that an adapter was trained on, if it can be found, and what it is called."""
+    named = Path(json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
+    full = (directory / named, directory.parent / named.name, named)
+    # Not beside the adapter: there the same name, such as `last`, is that of an adapter of the same run.
+    adapters = (directory / named, named)
+    found = [c for c in full if (c / "config.json").is_file()]
+    found += [c for c in adapters if (c / ADAPTER_CONFIG).is_file()]
+    return (found[0] if found else None), named
 
 
 def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
-    """Loads the adapter in `directory`, ours or PEFT's, onto its base model and folds it into the weights.
+    """Loads the adapter in `directory`, ours or PEFT's, onto the model of `adapter_base` and folds it into the weights,
+    after the adapter that it was trained on, if its base is one.
 
     Raises:
         ValueError: an adapter tensor is missing or unexpected; PEFT alone would warn, or say nothing.
     """
+    base, _ = _named_base(directory)
+    if base is not None and (base / ADAPTER_CONFIG).is_file():
+        model = merge_adapter(model, base)
     adapted = PeftModel.from_pretrained(model, directory, local_files_only=True)
     expected = {n.replace(f".{ADAPTER}", ""): tuple(p.shape) for n, p in adapted.named_parameters() if ".lora_" in n}
     with safe_open(directory / ADAPTER_WEIGHTS, framework="pt") as file:

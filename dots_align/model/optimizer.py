@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def _global_view(parameter: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     )
 
 
-def _state_tensors(optimizer: ShardedAdamW, names: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _state_tensors(optimizer: ShardedAdamW, names: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
         f"{key}.{name}": _global_view(parameter, part)
         for name, parameter in names.items()
@@ -127,7 +127,7 @@ def _state_tensors(optimizer: ShardedAdamW, names: dict[str, torch.Tensor]) -> d
     }
 
 
-def save_optimizer(optimizer: ShardedAdamW, names: dict[str, torch.Tensor], directory: Path) -> None:
+def save_optimizer(optimizer: ShardedAdamW, names: Mapping[str, torch.Tensor], directory: Path) -> None:
     """Writes the state of the trained parameters, every rank its part, as safetensors; collective.
 
     Args:
@@ -145,7 +145,7 @@ def save_optimizer(optimizer: ShardedAdamW, names: dict[str, torch.Tensor], dire
         (directory / STATE).write_text(json.dumps({"steps": steps}))
 
 
-def load_optimizer(optimizer: ShardedAdamW, names: dict[str, torch.Tensor], directory: Path) -> None:
+def load_optimizer(optimizer: ShardedAdamW, names: Mapping[str, torch.Tensor], directory: Path) -> None:
     """Restores what `save_optimizer` wrote, on any number of ranks and any layout; collective.
 
     Raises:

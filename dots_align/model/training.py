@@ -8,22 +8,24 @@ the batch changes nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, get_scheduler
 
 from dots_align.config import OptimSection
-from dots_align.model.dots1 import lm_head
-from dots_align.model.logprobs import token_logprobs
+from dots_align.model.expert_parallel import clip_grad_norm, is_sharded, no_gradient_sync
+from dots_align.model.logprobs import IGNORED, model_logprobs
+from dots_align.model.optimizer import load_optimizer, make_optimizer, save_optimizer
 from dots_align.model.packed import micro_batches, pack
 from dots_align.model.router import RecordedRoutes, record_routes
+from dots_align.runtime import gather_objects, is_main_process, world_size
 from dots_align.types import Trajectory
 
-STATE_TENSORS, STATE = "training_state.safetensors", "training_state.json"
+STATE = "training_state.json"
 
 
 @dataclass(frozen=True)
@@ -68,19 +70,22 @@ def response_scores(
     device = next(model.parameters()).device
     chosen = [trajectories[i] for i in members]
     batch = pack([t.prompt_ids + t.response_ids for t in chosen], device)
-    hidden = model.get_decoder()(**batch.model_inputs()).last_hidden_state[0]
     boundaries = batch.cu_seq_lens.tolist()
     sizes = [len(t.response_ids) for t in chosen]
-    # The state before a token predicts it, so a response is read one position early.
-    firsts = [start + len(t.prompt_ids) - 1 for start, t in zip(boundaries, chosen, strict=False)]
-    before = torch.cat([torch.arange(first, first + size) for first, size in zip(firsts, sizes, strict=True)]).to(
-        device
-    )
-    targets = torch.tensor([token for t in chosen for token in t.response_ids], device=device)
-    flat, entropy = token_logprobs(hidden[before] / temperature, lm_head(model).weight, targets)
+    targets = batch.input_ids.new_full(batch.input_ids.shape, IGNORED)
+    for start, trajectory, size in zip(boundaries, chosen, sizes, strict=False):
+        # The state before a token predicts it, so a response is read one position early.
+        first = start + len(trajectory.prompt_ids) - 1
+        targets[0, first : first + size] = batch.input_ids[0, first + 1 : first + size + 1]
+    scores = model_logprobs(model, batch.model_inputs(), targets, temperature, with_entropy=True)
+    assert scores.entropy is not None
     mask = torch.arange(max(sizes), device=device)[None] < torch.tensor(sizes, device=device)[:, None]
-    logprobs = flat.new_zeros(mask.shape).masked_scatter(mask, flat)
-    return ResponseScores(members, logprobs, mask.float(), entropy, boundaries)
+    logprobs = scores.logprobs.new_zeros(mask.shape).masked_scatter(mask, scores.logprobs)
+    return ResponseScores(members, logprobs, mask.float(), scores.entropy, boundaries)
+
+
+# What a process computes, for nothing, while others still have a micro-batch: a sharded forward is everybody's.
+_NOTHING = Trajectory(prompt_ids=[0], response_ids=[0], rollout_logprobs=[0.0], group=-1, reward=0.0)
 
 
 class TrainingEngine:
@@ -101,28 +106,24 @@ class TrainingEngine:
         num_training_steps: int,
         micro_batch_tokens: int,
         temperature: float = 1.0,
+        offload_optimizer: bool = False,
     ) -> None:
         self.model, self.micro_batch_tokens, self.temperature = model, micro_batch_tokens, temperature
         self.max_grad_norm = optim.max_grad_norm
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(
-            self.parameters.values(),
-            lr=optim.learning_rate,
-            betas=(optim.adam_beta1, optim.adam_beta2),
-            eps=optim.adam_epsilon,
-            weight_decay=optim.weight_decay,
-            fused=True,
-        )
+        self.optimizer = make_optimizer(self.parameters.items(), optim, offload_optimizer)
         self.schedule = get_scheduler(optim.lr_scheduler_type, self.optimizer, optim.warmup_steps, num_training_steps)
 
     @property
     def learning_rate(self) -> float:
         return float(self.schedule.get_last_lr()[0])
 
-    def _micro_batches(self, trajectories: Sequence[Trajectory], members: Sequence[int]) -> Iterator[list[int]]:
+    def _micro_batches(self, trajectories: Sequence[Trajectory], members: Sequence[int]) -> list[list[int]]:
+        """The members of each forward; empty ones at the end where other processes have more forwards to do."""
         lengths = [len(trajectories[i].prompt_ids) + len(trajectories[i].response_ids) for i in members]
-        for group in micro_batches(lengths, self.micro_batch_tokens):
-            yield [members[i] for i in group]
+        batches = [[members[i] for i in group] for group in micro_batches(lengths, self.micro_batch_tokens)]
+        most = max(gather_objects(len(batches)))
+        return batches + [[]] * (most - len(batches))
 
     def infer_batch(
         self, trajectories: Sequence[Trajectory], members: Sequence[int], model: PreTrainedModel | None = None
@@ -130,9 +131,12 @@ class TrainingEngine:
         """Log-probs [T_i] of each member's response, without gradients; of another `model` (a reference) if given."""
         found: dict[int, torch.Tensor] = {}
         with torch.no_grad():
-            for group in self._micro_batches(trajectories, members):
-                scores = response_scores(model or self.model, trajectories, group, self.temperature)
-                for row, index in enumerate(group):
+            for batch in self._micro_batches(trajectories, members):
+                if not batch:
+                    response_scores(model or self.model, [_NOTHING], [0], self.temperature)
+                    continue
+                scores = response_scores(model or self.model, trajectories, batch, self.temperature)
+                for row, index in enumerate(batch):
                     found[index] = scores.logprobs[row, : len(trajectories[index].response_ids)]
         return found
 
@@ -146,52 +150,59 @@ class TrainingEngine:
         """One optimizer step.
 
         Args:
-            trajectories, members: the batch is `trajectories[i]` for i in `members`; it may be empty, then only the
-            schedule moves. loss_function: a micro-batch's share of the batch's loss, and metrics (means over its
-            tokens). observer: sees each micro-batch's scores and routes; for measuring, it cannot change the step.
+            trajectories, members: this process's part of the batch is `trajectories[i]` for i in `members`; if it is
+            empty for all processes, only the schedule moves. loss_function: a micro-batch's share of the loss of the
+            whole batch, and metrics (means over its tokens). observer: sees each micro-batch's scores and routes; for
+            measuring, it cannot change the step.
 
         Returns:
             token-weighted means of the metrics, with `loss` (summed over micro-batches), `entropy` and `grad_norm`.
         """
         self.model.train()
         means, total_loss = TokenMeans(), 0.0
-        for group in self._micro_batches(trajectories, members):
-            with record_routes(self.model, with_gaps=True) as recorded:
-                scores = response_scores(self.model, trajectories, group, self.temperature)
-            if observer is not None:
-                observer(scores, recorded)
-            loss, values = loss_function(scores)
-            loss.backward()
+        batches = self._micro_batches(trajectories, members)
+        for number, batch in enumerate(batches):
+            accumulating = is_sharded(self.model) and number + 1 < len(batches)
+            with no_gradient_sync(self.model) if accumulating else nullcontext():
+                if not batch:
+                    (response_scores(self.model, [_NOTHING], [0], self.temperature).logprobs.sum() * 0).backward()
+                    continue
+                with record_routes(self.model, with_gaps=True) as recorded:
+                    scores = response_scores(self.model, trajectories, batch, self.temperature)
+                if observer is not None:
+                    observer(scores, recorded)
+                loss, values = loss_function(scores)
+                (loss * world_size()).backward()  # gradients are averaged over processes
             total_loss += float(loss.detach())
             means.add({**values, "entropy": float(scores.entropy.mean())}, int(scores.mask.sum()))
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm)
+        norm = clip_grad_norm(self.parameters.values(), self.max_grad_norm)
         self.optimizer.step()  # without a micro-batch there are no gradients, and it does nothing
         self.optimizer.zero_grad(set_to_none=True)
         self.schedule.step()
-        return {"loss": total_loss, "grad_norm": float(norm), **(means.means() if means.tokens else {})}
+        return {"grad_norm": float(norm), **_over_processes(total_loss, means)}
 
     def save(self, directory: Path, step: int) -> None:
-        """Writes the optimizer's moments (safetensors, by parameter name) and the counters beside the weights."""
-        tensors = {
-            f"{key}.{name}": self.optimizer.state[parameter][key].contiguous()
-            for name, parameter in self.parameters.items()
-            if parameter in self.optimizer.state
-            for key in ("exp_avg", "exp_avg_sq", "step")
-        }
-        save_file(tensors, directory / STATE_TENSORS)
-        (directory / STATE).write_text(json.dumps({"step": step, "schedule": self.schedule.state_dict()}))
+        """Writes the optimizer's state and the counters beside the weights; collective."""
+        save_optimizer(self.optimizer, self.parameters, directory)
+        if is_main_process():
+            (directory / STATE).write_text(json.dumps({"step": step, "schedule": self.schedule.state_dict()}))
 
     def load(self, directory: Path) -> int:
-        """Restores what `save` wrote; returns the step. The weights are the caller's to load."""
-        tensors = load_file(directory / STATE_TENSORS)
-        for name, parameter in self.parameters.items():
-            if f"step.{name}" in tensors:
-                self.optimizer.state[parameter] = {
-                    "step": tensors[f"step.{name}"],
-                    **{key: tensors[f"{key}.{name}"].to(parameter.device) for key in ("exp_avg", "exp_avg_sq")},
-                }
+        """Restores what `save` wrote, on any number of processes; returns the step. The weights are the caller's to
+        load.
+        """
+        load_optimizer(self.optimizer, self.parameters, directory)
         counters = json.loads((directory / STATE).read_text())
         self.schedule.load_state_dict(counters["schedule"])
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
         return counters["step"]
+
+
+def _over_processes(loss: float, means: TokenMeans) -> dict[str, float]:
+    """`loss`, added up, and the token-weighted means over all processes."""
+    everyone = TokenMeans()
+    parts = gather_objects((loss, means))
+    for _, part in parts:
+        everyone.add(part.means() if part.tokens else {}, part.tokens)
+    return {"loss": sum(loss for loss, _ in parts), **(everyone.means() if everyone.tokens else {})}

@@ -25,10 +25,20 @@ class Agreement:
         """Args: absolute differences [n] of one sequence's response tokens, which of them [n] lie behind a flip, and
         the flips.
         """
-        self.clean.append(differences[~affected])
-        self.flipped.append(differences[affected])
+        self.clean.append(differences[~affected].cpu())
+        self.flipped.append(differences[affected].cpu())
         self.num_flips += num_flips
         self.flip_gap = max(self.flip_gap, flip_gap)
+
+    @staticmethod
+    def merged(parts: list[Agreement]) -> Agreement:
+        """What several processes collected, as one."""
+        return Agreement(
+            [t for part in parts for t in part.clean],
+            [t for part in parts for t in part.flipped],
+            sum(part.num_flips for part in parts),
+            max(part.flip_gap for part in parts),
+        )
 
     def metrics(self) -> dict[str, float]:
         """`max mean median` over tokens with equal routes; `flipped_tokens flipped_max` of the others; `flips

@@ -72,6 +72,15 @@ def _repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
+class IdleStep:
+    """A forward whose result nobody reads."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
+    ) -> torch.Tensor:
+        return _repeat_heads(value, query.shape[1])
+
+
 @dataclass
 class PrefillStep:
     """Whole prompts, packed one after the other: token i belongs to prompt `prompt_index[i]` at `positions[i]`.

@@ -7,24 +7,61 @@ what trains is what rolls out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from dots_align.model.dots1 import lm_head
+from dots_align.model.expert_parallel import compute_dtype, gathered, is_sharded
 from dots_align.model.router import RecordedRoutes, moe_layers, record_routes
-from dots_align.rollout.attention import DecodeStep, PrefillStep, RolloutStep, rollout_mode
+from dots_align.rollout.attention import DecodeStep, IdleStep, PrefillStep, RolloutStep, rollout_mode
 from dots_align.rollout.kv_cache import GroupedKVCache
 from dots_align.rollout.sampling import sample
 from dots_align.rollout.scheduler import Admission, Scheduler
 from dots_align.types import GenerationRequest, Sample
 
 
+def _anyone(busy: bool) -> bool:
+    """Whether any process has work left."""
+    flag = torch.tensor(int(busy))  # on the host: every backend we start has gloo for it
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+class _Run:
+    """One call of `generate`: its requests, rows and cache; nothing at all where a process has no requests."""
+
+    def __init__(
+        self, engine: RolloutEngine, requests: list[GenerationRequest], return_routes: bool, recorded: RecordedRoutes
+    ) -> None:
+        self.engine, self.recorded = engine, recorded
+        self.state = engine._allocate(requests, return_routes) if requests else None
+
+    @property
+    def has_work(self) -> bool:
+        return self.state is not None and self.state[0].has_work
+
+    def turn(self) -> int:
+        """One forward: the prompts of groups that just got a slot, or else a token for every running sequence. Returns
+        how many sequences ended.
+        """
+        assert self.state is not None
+        scheduler, cache = self.state
+        if admitted := scheduler.admit():
+            return self.engine._prefill(scheduler, cache, admitted, self.recorded)
+        return self.engine._decode(scheduler, cache, self.recorded)
+
+    def results(self) -> list[list[Sample]]:
+        return [] if self.state is None else self.state[0].results()
+
+
 class RolloutEngine:
     """Continuous batching over a dots1 model.
 
     Args:
-        model: a `Dots1ForCausalLM` (or an adapter's base model of that class) on any device.
+        model: a `Dots1ForCausalLM`, bare or under adapters, on any device. Of a sharded one every process has its own
+            engine, calls `generate` at the same time and may give it other requests, or none.
         max_num_sequences: how many sequences decode at once; it bounds the cache.
     """
 
@@ -52,18 +89,25 @@ class RolloutEngine:
         Raises:
             ValueError: a prompt is empty, leaves no room in the context, or holds an id outside the vocabulary.
         """
-        if not requests:
-            return []
         self._check(requests)
-        scheduler, cache = self._allocate(requests, return_routes)
+        sharded = is_sharded(self.model)
+        if not requests and not sharded:
+            return []
         notify = on_finished or (lambda _: None)
-        with rollout_mode(self.model), record_routes(self.model) as recorded:
-            while scheduler.has_work:
-                if admitted := scheduler.admit():
-                    notify(self._prefill(scheduler, cache, admitted, recorded))
-                if bool(scheduler.active.any()):
-                    notify(self._decode(scheduler, cache, recorded))
-        return scheduler.results()
+        with (
+            rollout_mode(self.model),
+            gathered(self.model) if sharded else nullcontext(),
+            record_routes(self.model) as recorded,
+        ):
+            run = _Run(self, requests, return_routes, recorded)
+            # One forward a turn, so that the processes of a sharded model, which compute each forward together, stay in
+            # step; one that has nothing left to do still answers for its experts.
+            while _anyone(run.has_work) if sharded else run.has_work:
+                if run.has_work:
+                    notify(run.turn())
+                else:
+                    self._idle(recorded)
+        return run.results()
 
     def _check(self, requests: list[GenerationRequest]) -> None:
         context, vocabulary = self.model.config.max_position_embeddings, self.model.config.vocab_size
@@ -97,22 +141,31 @@ class RolloutEngine:
             group_size,
             max(len(r.prompt_ids) for r in requests),
             suffix_capacity,
-            parameter.dtype,
+            compute_dtype(self.model),
             parameter.device,
         )
         return scheduler, cache
 
-    def _forward(self, tokens: torch.Tensor, positions: torch.Tensor, step: RolloutStep) -> torch.Tensor:
-        """tokens and positions [N] of any sequences -> final hidden states [N, hidden]."""
+    def _forward(
+        self, tokens: torch.Tensor, positions: torch.Tensor, step: RolloutStep, last: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """tokens and positions [N] of any sequences -> logits [M, V] after the M positions `last`, or after all."""
         # A mask given as a dict is taken as prepared: masking is the step's own business.
-        output = self.model.get_decoder()(
+        output = self.model(
             input_ids=tokens[None],
             position_ids=positions[None],
             attention_mask={"full_attention": None},
             use_cache=False,
             rollout_step=step,
+            logits_to_keep=0 if last is None else last,
         )
-        return output.last_hidden_state[0]
+        return output.logits[0]
+
+    def _idle(self, recorded: RecordedRoutes) -> None:
+        """A forward of one token that nobody asked for."""
+        token = torch.zeros(1, dtype=torch.long, device=next(self.model.parameters()).device)
+        self._forward(token, token, IdleStep())
+        recorded.routes.clear()
 
     def _prefill(
         self, scheduler: Scheduler, cache: GroupedKVCache, admitted: list[Admission], recorded: RecordedRoutes
@@ -128,28 +181,28 @@ class RolloutEngine:
         slots = torch.tensor([a.slot for a in admitted], device=device)
         cache.prefix_lengths[slots] = lengths
         step = PrefillStep(cache, slots, prompt_index, positions, int(lengths.max()))
-        hidden = self._forward(tokens, positions, step)
+        logits = self._forward(tokens, positions, step, ends - 1)
         routes = recorded.take() if moe_layers(self.model) else None
         if scheduler.row_routes is not None and routes is not None:
             for admission, part in zip(admitted, routes.split(lengths.tolist()), strict=True):
                 scheduler.prompt_routes[admission.slot] = part
         rows = torch.cat([scheduler.rows_of(a) for a in admitted])
         counts = torch.tensor([a.count for a in admitted], device=device)
-        return self._sample(scheduler, rows, hidden[ends - 1].repeat_interleave(counts, dim=0))
+        return self._sample(scheduler, rows, logits.repeat_interleave(counts, dim=0))
 
     def _decode(self, scheduler: Scheduler, cache: GroupedKVCache, recorded: RecordedRoutes) -> int:
         """Feeds every running sequence its last token and samples the next one."""
         rows = scheduler.active_rows()
         at = scheduler.lengths[rows] - 1
-        hidden = self._forward(
+        logits = self._forward(
             scheduler.tokens[rows, at], scheduler.prompt_lengths[rows] + at, DecodeStep(cache, rows, at)
         )
         routes = recorded.take() if moe_layers(self.model) else None
         if scheduler.row_routes is not None and routes is not None:
             scheduler.row_routes[rows, at] = routes
-        return self._sample(scheduler, rows, hidden)
+        return self._sample(scheduler, rows, logits)
 
-    def _sample(self, scheduler: Scheduler, rows: torch.Tensor, hidden: torch.Tensor) -> int:
-        logits = lm_head(self.model)(hidden)
+    def _sample(self, scheduler: Scheduler, rows: torch.Tensor, logits: torch.Tensor) -> int:
+        """logits [N, V] of the next tokens of `rows`."""
         tokens, rollout_logprobs, logprobs = sample(logits, scheduler.sampling[rows], scheduler.lengths[rows])
         return scheduler.append(rows, tokens, rollout_logprobs, logprobs)

@@ -10,7 +10,7 @@ from trl import DPOConfig
 from dots_align.config import DpoRecipe
 from dots_align.data.chat import as_dicts, encode_conversation
 from dots_align.data.sources import data_hash, load_preference_pairs
-from dots_align.runtime import device, open_run_directory, seed_everything
+from dots_align.runtime import device, on_main, open_run_directory, seed_everything
 from dots_align.stages.losses import LeanDpoTrainer
 from dots_align.stages.trainer import prepare_model, train_and_publish, trainer_arguments
 from dots_align.types import Message, PreferencePair
@@ -47,21 +47,26 @@ def _dataset(pairs: list[PreferencePair], run_dir: Path, content: str) -> Datase
     beside them.
     """
     directory = run_dir / "preference_pairs" / content[:16]
-    if not directory.is_dir():
-        rows = [
-            {
-                "prompt": as_dicts(pair.prompt),
-                "chosen": as_dicts([Message("assistant", pair.chosen)]),
-                "rejected": as_dicts([Message("assistant", pair.rejected)]),
-            }
-            for pair in pairs
-        ]
-        staging = directory.with_name(f".{directory.name}.staging")
-        Dataset.from_list(rows).save_to_disk(staging)
-        staging.rename(directory)
+    on_main(lambda: _store(pairs, directory))
     dataset = load_from_disk(directory)
     assert isinstance(dataset, Dataset)
     return dataset
+
+
+def _store(pairs: list[PreferencePair], directory: Path) -> None:
+    if directory.is_dir():
+        return
+    rows = [
+        {
+            "prompt": as_dicts(pair.prompt),
+            "chosen": as_dicts([Message("assistant", pair.chosen)]),
+            "rejected": as_dicts([Message("assistant", pair.rejected)]),
+        }
+        for pair in pairs
+    ]
+    staging = directory.with_name(f".{directory.name}.staging")
+    Dataset.from_list(rows).save_to_disk(staging)
+    staging.rename(directory)
 
 
 def _check_lengths(tokenizer, pairs: list[PreferencePair], max_length: int) -> None:

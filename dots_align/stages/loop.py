@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 import random
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,17 @@ from dots_align.config import GrpoRecipe
 from dots_align.data.chat import stop_token_ids
 from dots_align.data.encoding import encode_prompts
 from dots_align.evals.suite import to_response
-from dots_align.model.router import LoadMonitor, RecordedRoutes, find_flips, load_metrics
+from dots_align.model.router import RecordedRoutes, find_flips
 from dots_align.model.training import ResponseScores, TrainingEngine
 from dots_align.objectives.advantages import GROUP_RELATIVE, compute_advantages, zero_variance_groups
 from dots_align.objectives.agreement import Agreement
 from dots_align.objectives.policy import PolicyObjective
 from dots_align.rollout.engine import RolloutEngine
-from dots_align.runtime import MetricsLog, progress
+from dots_align.runtime import MetricsLog, gather_objects, progress, world_size
+from dots_align.runtime import rank as process_rank
 from dots_align.scoring import RewardSum
-from dots_align.types import GenerationRequest, Prompt, SamplingParams, Trajectory
+from dots_align.stages.routing import router_metrics, watch_router
+from dots_align.types import GenerationRequest, Prompt, Sample, SamplingParams, Trajectory
 
 NUM_SAMPLES_LOGGED = 8
 
@@ -63,20 +65,34 @@ class Rollouts:
     samples: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Scored:
+    """A trajectory with the value of each reward function, and what the samples file shows of it."""
+
+    trajectory: Trajectory
+    rewards: dict[str, float]
+    shown: dict[str, Any]
+
+    def without_routes(self) -> Scored:
+        return replace(self, trajectory=replace(self.trajectory, routes=None))
+
+
 class RlLoop:
     """One policy, its training engine and its rollout engine on the same weights, and the prompts it learns from.
 
     Args:
-        reference: the frozen reference policy; needed only where the KL coefficient is not zero.
+        reference: the frozen reference policy; needed only where the KL coefficient is not zero, and the policy has no
+        adapters that could be switched off instead.
     """
 
     def __init__(
         self,
         recipe: GrpoRecipe,
-        policy: PreTrainedModel,
+        policy: Any,
         reference: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         prompts: list[Prompt],
+        rewards: RewardSum,
     ) -> None:
         train, rollout = recipe.train, recipe.rollout
         self.recipe, self.policy, self.reference = recipe, policy, reference
@@ -91,10 +107,15 @@ class RlLoop:
         self.rollout_engine = RolloutEngine(policy, rollout.max_num_sequences)
         self.updates_per_step = train.num_minibatches * train.num_epochs
         self.training_engine = TrainingEngine(
-            policy, recipe.optim, train.max_steps * self.updates_per_step, train.micro_batch_tokens, rollout.temperature
+            policy,
+            recipe.optim,
+            train.max_steps * self.updates_per_step,
+            train.micro_batch_tokens,
+            rollout.temperature,
+            recipe.parallel.offload_optimizer,
         )
-        self.rewards = RewardSum([(r.function, r.weight) for r in recipe.rewards])
-        self.monitor = LoadMonitor(policy)
+        self.rewards = rewards
+        self.monitor, self.balance, self.bias = watch_router(policy, recipe.router)
         self.step = 0
 
     def resume(self, checkpoint: Path) -> None:
@@ -123,9 +144,8 @@ class RlLoop:
         metrics = {f"grpo/{name}": value for name, value in {**rollouts.metrics, **update}.items()}
         metrics["grpo/rollout_seconds"] = sampled - started
         metrics["grpo/update_seconds"] = time.monotonic() - sampled
-        if (load := self.monitor.take()) is not None:
-            log.log_router(self.step, self.monitor.layers, load)
-            metrics |= {f"grpo/router_{name}": value for name, value in load_metrics(load).items()}
+        router = router_metrics(log, self.step, self.monitor, self.balance, self.bias)
+        metrics |= {f"grpo/router_{name}": value for name, value in router.items()}
         log.log(self.step, metrics)
         log.log_samples(self.step, rollouts.samples)
         return metrics
@@ -140,49 +160,53 @@ class RlLoop:
             log.log(self.step, metrics)
 
     def rollout(self) -> Rollouts:
-        """Samples a group of responses to each prompt of the step, and scores them."""
-        keys, errors_before = self.recipe.rollout, self.rewards.num_errors
+        """Samples a group of responses to each prompt of the step, and scores them; every process its share of the
+        prompts, and all get to know what all have sampled (but for the routes).
+        """
         drawn = self.sampler.draw(self.step)
-        groups = self.rollout_engine.generate(
-            [self._request(position, index) for position, index in drawn], return_routes=True
-        )
-        trajectories, shown, parts, stopped = [], [], [], 0
-        for group, ((_, index), samples) in enumerate(zip(drawn, groups, strict=True)):
-            for sample in samples:
-                response = to_response(self.tokenizer, self.prompts[index], sample)
-                reward, values = self.rewards(response)
-                trajectories.append(
-                    Trajectory(
-                        self.prompt_ids[index],
-                        sample.response_ids,
-                        sample.rollout_logprobs,
-                        group,
-                        reward,
-                        sample.routes,
-                    )
-                )
-                parts.append(values)
-                stopped += response.finish_reason == "stop"
-                shown.append(
-                    {
-                        "prompt": response.prompt.messages[-1].content,
-                        "response": response.text,
-                        "answer": response.prompt.answer,
-                        "reward": reward,
-                        "rewards": values,
-                        "finish_reason": response.finish_reason,
-                    }
-                )
-        count = len(trajectories)
+        mine = {group: drawn[group] for group in range(len(drawn)) if self._is_mine(group)}
+        samples = self.rollout_engine.generate([self._request(*drawn) for drawn in mine.values()], return_routes=True)
+        errors_before = self.rewards.num_errors
+        own = [
+            self._scored(group, index, sample)
+            for (group, (_, index)), of_group in zip(mine.items(), samples, strict=True)
+            for sample in of_group
+        ]
+        errors = self.rewards.num_errors - errors_before
+        theirs = gather_objects(([scored.without_routes() for scored in own], errors))
+        everyone = [s for rank, (part, _) in enumerate(theirs) for s in (own if rank == process_rank() else part)]
+        everyone.sort(key=lambda s: s.trajectory.group)  # stable: the samples of a group stay in order
+        count = len(everyone)
         metrics = {
-            "reward": sum(t.reward for t in trajectories) / count,
-            **{f"reward_{name}": sum(p[name] for p in parts) / count for name in parts[0]},
-            "reward_errors": float(self.rewards.num_errors - errors_before),
-            "response_length": sum(len(t.response_ids) for t in trajectories) / count,
-            "stop_rate": stopped / count,
+            "reward": sum(s.trajectory.reward for s in everyone) / count,
+            **{f"reward_{name}": sum(s.rewards[name] for s in everyone) / count for name in everyone[0].rewards},
+            "reward_errors": float(sum(errors for _, errors in theirs)),
+            "response_length": sum(len(s.trajectory.response_ids) for s in everyone) / count,
+            "stop_rate": sum(s.shown["finish_reason"] == "stop" for s in everyone) / count,
         }
         # One sample of several prompts says more than several of one.
-        return Rollouts(trajectories, metrics, shown[:: keys.group_size][:NUM_SAMPLES_LOGGED])
+        shown = [s.shown for s in everyone[:: self.recipe.rollout.group_size][:NUM_SAMPLES_LOGGED]]
+        return Rollouts([s.trajectory for s in everyone], metrics, shown)
+
+    def _is_mine(self, group: int) -> bool:
+        """Whether this process samples and trains a group."""
+        return group % world_size() == process_rank()
+
+    def _scored(self, group: int, index: int, sample: Sample) -> Scored:
+        response = to_response(self.tokenizer, self.prompts[index], sample)
+        reward, values = self.rewards(response)
+        trajectory = Trajectory(
+            self.prompt_ids[index], sample.response_ids, sample.rollout_logprobs, group, reward, sample.routes
+        )
+        shown = {
+            "prompt": response.prompt.messages[-1].content,
+            "response": response.text,
+            "answer": response.prompt.answer,
+            "reward": reward,
+            "rewards": values,
+            "finish_reason": response.finish_reason,
+        }
+        return Scored(trajectory, values, shown)
 
     def _request(self, position: int, index: int) -> GenerationRequest:
         keys = self.recipe.rollout
@@ -200,14 +224,15 @@ class RlLoop:
         """Advantages over the whole rollout, then `num_epochs` passes of `num_minibatches` optimizer steps."""
         engine, train = self.training_engine, self.recipe.train
         advantages = self._advantages(trajectories)
-        everyone = range(len(trajectories))
+        groups = [t.group for t in trajectories]
+        own = [i for i, group in enumerate(groups) if self._is_mine(group)]
         # With a single update the policy that trains still is the one that sampled: its own log-probs serve as the
         # old ones.
-        old = engine.infer_batch(trajectories, everyone) if self.updates_per_step > 1 else {}
-        ref = engine.infer_batch(trajectories, everyone, self.reference) if self.reference is not None else {}
-        groups = [t.group for t in trajectories]
+        old = engine.infer_batch(trajectories, own) if self.updates_per_step > 1 else {}
+        ref = self._reference_logprobs(trajectories, own)
         silent = zero_variance_groups(torch.tensor([t.reward for t in trajectories]), groups)
-        all_teach = bool(ref) or self.recipe.algorithm.advantage_estimator not in GROUP_RELATIVE
+        has_kl = self.recipe.algorithm.kl_coef > 0
+        all_teach = has_kl or self.recipe.algorithm.advantage_estimator not in GROUP_RELATIVE
         agreement = Agreement()
         observer = functools.partial(_observe, agreement, trajectories)
         steps = []
@@ -218,15 +243,31 @@ class RlLoop:
                 loss = functools.partial(_loss, objective, advantages, old, ref)
                 # Without variance there is no gradient, unless the KL term gives one; the denominators still count
                 # such groups.
-                learning = [i for i in members if all_teach or groups[i] not in silent]
+                learning = [i for i in members if self._is_mine(groups[i]) and (all_teach or groups[i] not in silent)]
+                self._scale_balance_loss(learning)
                 first = epoch == 0 and number == 0
                 steps.append(engine.train_batch(trajectories, learning, loss, observer if first else None))
+                self.bias.after_step()
+        agreed = Agreement.merged(gather_objects(agreement))
         return {
             **{name: sum(s.get(name, 0.0) for s in steps) / len(steps) for name in steps[0]},
-            **{f"agreement_{name}": value for name, value in agreement.metrics().items()},
+            **{f"agreement_{name}": value for name, value in agreed.metrics().items()},
             "learning_rate": engine.learning_rate,
             "zero_variance_groups": float(len(silent)),
         }
+
+    def _reference_logprobs(self, trajectories: list[Trajectory], own: list[int]) -> dict[int, torch.Tensor]:
+        """Of the reference policy, where the KL term needs them: another model, or this one without its adapters."""
+        if not self.recipe.algorithm.kl_coef:
+            return {}
+        if self.reference is not None:
+            return self.training_engine.infer_batch(trajectories, own, self.reference)
+        with self.policy.disable_adapter():
+            return self.training_engine.infer_batch(trajectories, own)
+
+    def _scale_balance_loss(self, learning: list[int]) -> None:
+        if self.balance is not None:
+            self.balance.scale = world_size() / max(sum(gather_objects(len(learning))), 1)
 
     def _advantages(self, trajectories: list[Trajectory]) -> torch.Tensor:
         """[B, T] over the whole rollout, T its longest response."""

@@ -8,15 +8,20 @@ model has not gathered it, and on CPUs sends every padded position through the h
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from trl import DPOTrainer, SFTTrainer
+from trl.trainer import dpo_trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dots_align.model import attention
+from dots_align.model.experts import local
 from dots_align.model.logprobs import IGNORED, model_logprobs
 from dots_align.model.packed import PackedBatch
 
@@ -67,6 +72,16 @@ def unpadded(
     return {**others, **batch.model_inputs()}, targets[real][None]
 
 
+def hash_local_parts(model: nn.Module) -> str:
+    """SHA-256 of the weights, of sharded ones this process's part."""
+    digest = hashlib.sha256()
+    with torch.no_grad():
+        for name, tensor in sorted(model.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(local(tensor).contiguous().view(-1).view(torch.uint8).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
 class LeanSftTrainer(SFTTrainer):
     """TRL's SFTTrainer on `LeanModel`. Batches come padded, or flattened to one row by `padding_free`."""
 
@@ -78,9 +93,25 @@ class LeanSftTrainer(SFTTrainer):
 class LeanDpoTrainer(DPOTrainer):
     """TRL's DPOTrainer on `LeanModel`, for the policy and for the reference log-probs computed before training."""
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        # TRL names its cache of reference log-probs by a hash of the weights, and cannot read those of a sharded model.
+        with patched(dpo_trainer, "hash_module", hash_local_parts):
+            super().__init__(*args, **options)
+
     def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):
         lean: Any = LeanModel(model)
         return super().compute_loss(lean, inputs, return_outputs, num_items_in_batch)
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         return super().compute_ref_log_probs(LeanModel(model), inputs)
+
+
+@contextmanager
+def patched(module: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, `module.name` is `value`."""
+    own = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, own)

@@ -137,7 +137,8 @@ def published_by(trainer_class: Trainer, run: StageRun) -> Trainer:
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
             # transformers would load the file's tensors by name and ignore the rest: the experts, which have the hub's
             # names in the file and are fused in the model, would silently keep their old weights.
-            load_state(model or self.model, Path(resume_from_checkpoint))
+            load_state(self.model, Path(resume_from_checkpoint))
+            run.bias = BiasPolicy(run.monitor, recipe.router.bias_policy, recipe.router.bias_update_rate)
 
         def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
             assert output_dir is not None
@@ -229,7 +230,6 @@ def train_and_publish(
             logger.info("%s: %s is the last step, nothing is left to do", recipe.stage, resume)
             return resume
         logger.info("resuming from %s", resume)
-        load_state(model, resume)  # the trainer does so again, but the bias policy starts from what is there
     run = StageRun(recipe, publisher, log, *watch_router(model, recipe.router))
     trainer = published_by(trainer_class, run)(model=model, callbacks=[StageCallback(run)], **arguments)
     trainer.remove_callback(transformers.PrinterCallback)

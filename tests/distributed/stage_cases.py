@@ -1,0 +1,55 @@
+"""The real command line on every rank, and the comparison of what two runs left."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+
+def run_command(arguments: list[str]) -> None:
+    """What `accelerate launch … -m dots_align ARGUMENTS` does on a rank. The reward below is named by its path."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    from dots_align import cli
+
+    for state in (AcceleratorState, PartialState, GradientState):  # of an earlier run in this process
+        state._reset_state()
+    os.environ.setdefault("ACCELERATE_USE_CPU", "true")
+    cli.main(arguments)
+
+
+def even_tokens(response) -> float:
+    """A reward that differs between any two responses of an untrained model."""
+    return sum(token % 2 == 0 for token in response.response_ids) / 8
+
+
+def metrics(run_dir: Path, *names: str) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in names} for line in lines if names[0] in line]
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        tensors |= load_file(path)
+    return tensors
+
+
+def differences(found: Path, expected: Path, start: Path, *names: str) -> dict[str, float]:
+    """Largest relative differences of logged numbers, and of what training changed in the weights."""
+    ours, theirs = metrics(found, *names), metrics(expected, *names)
+    assert len(ours) == len(theirs) > 0
+    worst = {
+        name: max(abs(a[name] - b[name]) / max(abs(b[name]), 1e-3) for a, b in zip(ours, theirs, strict=True))
+        for name in names
+    }
+    a, b, before = weights(found / "last"), weights(expected / "last"), weights(start)
+    assert a.keys() == b.keys()
+    moved = sum(float((b[n].float() - before[n].float()).square().sum()) for n in b if n in before) or 1.0
+    apart = sum(float((a[n].float() - b[n].float()).square().sum()) for n in b)
+    size = sum(float(b[n].float().square().sum()) for n in b)
+    return {**worst, "weights": (apart / size) ** 0.5, "update": (apart / moved) ** 0.5}
