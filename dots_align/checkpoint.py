@@ -27,7 +27,7 @@ from dots_align.data import synthetic
 from dots_align.data.chat import stop_token_ids
 from dots_align.data.tokenizer import train_tokenizer
 from dots_align.model.dots1 import create_model, load_base_model, materialize, meta_model, preset_config
-from dots_align.model.expert_parallel import check_layout, is_sharded, shard_model
+from dots_align.model.expert_parallel import check_layout, is_sharded, reshard, shard_model
 from dots_align.model.lora import (
     ADAPTER_CONFIG,
     PeftModel,
@@ -273,6 +273,7 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     """Writes weights (safetensors, the hub's per-expert names; an adapter only its own), config and tokenizer.
     Collective where the model is sharded.
     """
+    reshard(model)
     if isinstance(model, PeftModel):
         save_adapter(model, directory)
     elif is_sharded(model):
@@ -336,7 +337,10 @@ def load_trainable(
     """
     if world_size() == 1 and not bf16:
         loaded, tokenizer = load_model(model, device())
-        return (loaded if lora is None else add_adapter(loaded, lora, str(model.path), seed)), tokenizer
+        if lora is not None:
+            loaded = add_adapter(loaded, lora, str(model.path), seed)
+        loaded._is_accelerate_prepared = True  # pyright: ignore[reportAttributeAccessIssue] - or a launch of one is DDP
+        return loaded, tokenizer
     directory, base = _directories(model)
     if base != directory:
         raise ValueError(
@@ -358,6 +362,7 @@ def load_trainable(
 
 def load_state(model: Any, directory: Path) -> None:
     """Puts a checkpoint of the same run, full or adapter, into a (possibly sharded) model."""
+    reshard(model)
     if isinstance(model, PeftModel):
         load_adapter_weights(model, directory, place_part)
     else:

@@ -19,6 +19,7 @@ from dots_align.model.router import (
     decoder_inputs,
     decoder_of,
     in_backward,
+    is_training_forward,
     moe_layers,
     real_tokens,
 )
@@ -117,7 +118,7 @@ class BalanceLoss:
 
     The loss is attached to the routing weights on their way into the experts: forward nothing changes, backward its
     gradient joins theirs. So it needs no place in a trainer's loss, and works under activation checkpointing, FSDP2
-    and adapters. Forwards without gradients are left alone.
+    and adapters. Forwards without gradients, and those that are `router.idle`, are left alone.
 
     What a forward adds to the gradients is `coef * scale` times the gradient of the sum, over its sequences and over
     the MoE layers, of `sequence_balance`. It does not go through the trainer's loss: what the trainer does to its loss
@@ -152,7 +153,7 @@ class BalanceLoss:
     # Hooks are functions, not bound methods: deepcopy of the model would copy this object with them.
     def _announce_hook(self):
         def announce(_decoder: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]):
-            if not torch.is_grad_enabled():
+            if not is_training_forward():
                 return None
             assert self.scale is not None, "BalanceLoss.scale has to be set before the first training forward"
             share = _Share(Sequences.of(decoder_inputs(arguments, keywords)), self.coef * self.scale)

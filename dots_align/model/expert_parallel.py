@@ -298,6 +298,15 @@ def no_gradient_sync(model: Any) -> Iterator[None]:
         model.set_requires_gradient_sync(True)
 
 
+def reshard(model: nn.Module) -> None:
+    """Lets go of what forwards without backward have left gathered. Until then the modules' parameters are temporary
+    whole ones: nobody may take them for the ones to train or to save.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 @contextmanager
 def gathered(model: Any) -> Iterator[None]:
     """Keeps whole layers in memory over many forwards without gradient, such as a rollout, instead of gathering each

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
+
+from dots_align.model.dots1 import lm_head
 
 CHUNK_BYTES = 256 * 2**20  # of the [chunk, vocabulary] fp32 logits
 MIN_CHUNK_TOKENS = 64
@@ -190,18 +191,12 @@ def model_logprobs(
     Returns:
         scores of the N targets that are not IGNORED, in row-major order.
     """
-    head = getattr(model, "module", model).get_output_embeddings()  # pyright: ignore[reportCallIssue]
-    wanted = targets != IGNORED
-    own_forward, found = head.forward, []
+    bare: Any = getattr(model, "module", model)
+    head, wanted, found = lm_head(bare), targets != IGNORED, []
 
     def score(hidden: torch.Tensor) -> torch.Tensor:
-        states, tokens = hidden[wanted], targets[wanted]
-        # An adapter's layer in the head's place is no nn.Linear.
-        if isinstance(head, nn.Linear) and head.bias is None:
-            options: Any = {"with_entropy": with_entropy, "with_metrics": with_metrics}
-            found.append(score_tokens(states, head.weight, tokens, temperature, **options))
-        else:
-            found.append(_score_by_any_head(own_forward, len(head.weight), states, tokens, temperature))
+        options: Any = {"with_entropy": with_entropy, "with_metrics": with_metrics}
+        found.append(score_tokens(hidden[wanted], head.weight, targets[wanted], temperature, **options))
         return found[-1].logprobs
 
     with _forward_replaced(head, score):
@@ -223,27 +218,3 @@ def _forward_replaced(module: nn.Module, forward: Callable[[torch.Tensor], torch
             del instance["forward"]
         else:
             instance["forward"] = own
-
-
-def _score_by_any_head(
-    head: Callable[[torch.Tensor], torch.Tensor],
-    vocabulary: int,
-    hidden: torch.Tensor,
-    targets: torch.Tensor,
-    temperature: float,
-) -> TokenScores:
-    """`score_tokens`, with everything, by a head that is not a plain matrix: it runs again in backward."""
-
-    def score(states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        logits = head(states).float() / temperature
-        logprobs = logits.log_softmax(-1)
-        known = logprobs.detach()
-        entropy = -(known.exp() * known).sum(-1)
-        picked = logprobs.gather(-1, tokens[:, None]).squeeze(-1)
-        return picked, entropy, logits.detach().mean(-1), known.argmax(-1) == tokens
-
-    pieces = [
-        checkpoint(score, hidden[rows], targets[rows], use_reentrant=False)
-        for rows in chunks(len(hidden), vocabulary, CHUNK_BYTES)
-    ] or [score(hidden, targets)]
-    return TokenScores(*map(torch.cat, zip(*pieces, strict=True)))

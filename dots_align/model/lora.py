@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora.layer import ParamWrapper
@@ -40,7 +39,6 @@ ADAPTER = "default"  # PEFT's name of an adapter within a model; it does not app
 # PEFT 0.21 turns these names in `target_modules` of a model whose experts transformers fuses into the routed experts
 # (`_convert_peft_config_moe`), wherever they occur. Named as parameters, `down_proj.weight`, it leaves them alone.
 _REWRITTEN = ("gate_proj", "up_proj", "down_proj")
-_ALIGNED_RANK = 8  # rows of grouped_mm are multiples of 16 bytes, here at two bytes a number
 
 # Maps a parameter, possibly sharded, to the whole tensor on the CPU. Collective: called for the same parameters in the
 # same order on every rank.
@@ -96,9 +94,7 @@ class ExpertAdapter(nn.Module, BaseTunerLayer):
         """
         if name not in self._part("lora_A"):
             return rows.new_zeros(())
-        a, b = (local(self._part(part)[name]).to(rows.dtype) for part in self.adapter_layer_names)
-        if padding := -a.shape[1] % _ALIGNED_RANK:
-            a, b = F.pad(a, (0, 0, 0, padding)), F.pad(b, (0, padding))
+        a, b = (local(self._part(part)[name]) for part in self.adapter_layer_names)
         return grouped_linear(grouped_linear(rows, counts, a) * self.scaling, counts, b)
 
 

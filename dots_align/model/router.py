@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -48,6 +49,26 @@ def decoder_inputs(arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> d
 def in_backward() -> bool:
     """Whether autograd is running a backward here: a forward seen now is activation checkpointing's recomputation."""
     return torch._C._current_graph_task_id() != -1
+
+
+_IDLE: ContextVar[bool] = ContextVar("idle", default=False)
+
+
+@contextmanager
+def idle() -> Iterator[None]:
+    """Forwards inside belong to no step, though gradients are enabled: a process that has run out of micro-batches
+    makes them to take part in collectives. Their tokens are no load, and no balance loss is added for them.
+    """
+    token = _IDLE.set(True)
+    try:
+        yield
+    finally:
+        _IDLE.reset(token)
+
+
+def is_training_forward() -> bool:
+    """Whether a forward that starts here is part of an optimizer step."""
+    return torch.is_grad_enabled() and not _IDLE.get()
 
 
 def real_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -183,8 +204,9 @@ def find_flips(routes: torch.Tensor, gaps: torch.Tensor, other: bytes) -> RouteF
 class LoadMonitor:
     """Counts how many routed slots each expert got, over the forwards that train.
 
-    A forward trains if gradients are enabled where the decoder starts. Each of its tokens counts once: padding does
-    not, nor does the recomputation of activation checkpointing. Nothing waits for the device before `take`.
+    A forward trains if gradients are enabled where the decoder starts, and it is not `idle`. Each of its tokens counts
+    once: padding does not, nor does the recomputation of activation checkpointing. Nothing waits for the device before
+    `take`.
 
     Args:
         model: hooks on it count for as long as it lives.
@@ -212,7 +234,7 @@ class LoadMonitor:
     # Hooks are functions, not bound methods: deepcopy of the model would copy the monitor with them.
     def _begin_hook(self):
         def begin(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-            self._trains = torch.is_grad_enabled() and not in_backward()
+            self._trains = is_training_forward() and not in_backward()
             if self._trains:
                 self._real = real_tokens(decoder_inputs(arguments, keywords)).double()
 

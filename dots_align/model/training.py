@@ -17,11 +17,11 @@ import torch
 from transformers import PreTrainedModel, get_scheduler
 
 from dots_align.config import OptimSection
-from dots_align.model.expert_parallel import clip_grad_norm, is_sharded, no_gradient_sync
+from dots_align.model.expert_parallel import clip_grad_norm, is_sharded, no_gradient_sync, reshard
 from dots_align.model.logprobs import IGNORED, model_logprobs
 from dots_align.model.optimizer import load_optimizer, make_optimizer, save_optimizer
 from dots_align.model.packed import micro_batches, pack
-from dots_align.model.router import RecordedRoutes, record_routes
+from dots_align.model.router import RecordedRoutes, idle, record_routes
 from dots_align.runtime import gather_objects, is_main_process, world_size
 from dots_align.types import Trajectory
 
@@ -138,6 +138,7 @@ class TrainingEngine:
                 scores = response_scores(model or self.model, trajectories, batch, self.temperature)
                 for row, index in enumerate(batch):
                     found[index] = scores.logprobs[row, : len(trajectories[index].response_ids)]
+        reshard(model or self.model)
         return found
 
     def train_batch(
@@ -165,7 +166,9 @@ class TrainingEngine:
             accumulating = is_sharded(self.model) and number + 1 < len(batches)
             with no_gradient_sync(self.model) if accumulating else nullcontext():
                 if not batch:
-                    (response_scores(self.model, [_NOTHING], [0], self.temperature).logprobs.sum() * 0).backward()
+                    with idle():
+                        nothing = response_scores(self.model, [_NOTHING], [0], self.temperature).logprobs.sum() * 0
+                    nothing.backward()
                     continue
                 with record_routes(self.model, with_gaps=True) as recorded:
                     scores = response_scores(self.model, trajectories, batch, self.temperature)

@@ -26,7 +26,7 @@ from dots_align.checkpoint import (
 )
 from dots_align.evals.on_save import resolve_hooks
 from dots_align.model.balance import BalanceLoss, BiasPolicy, count_sequences
-from dots_align.model.expert_parallel import clip_grad_norm
+from dots_align.model.expert_parallel import clip_grad_norm, reshard
 from dots_align.model.lora import trainable_summary
 from dots_align.model.optimizer import ShardedAdamW, load_optimizer, make_optimizer, save_optimizer
 from dots_align.model.router import LoadMonitor
@@ -116,6 +116,7 @@ def published_by(trainer_class: Trainer, run: StageRun) -> Trainer:
 
         def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
             if self.optimizer is None:
+                reshard(self.model)  # DPO has computed the reference's log-probs with it
                 offload = recipe.parallel.offload_optimizer
                 self.optimizer = make_optimizer(self.model.named_parameters(), recipe.optim, offload)
             return self.optimizer

@@ -21,7 +21,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _worker(rank: int, world_size: int, port: int, results: Any, function: Callable[..., Any], arguments: tuple) -> None:
+def _worker(
+    rank: int, world_size: int, port: int, results: Any, function: Callable[..., Any], arguments: tuple
+) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -63,7 +65,9 @@ def launch(world_size: int, function: Callable[..., Any], *arguments: Any) -> li
             except queue.Empty:
                 dead = [rank for rank, worker in enumerate(workers) if worker.exitcode]
                 assert not dead, f"ranks {dead} of {world_size} died without a word"
-                assert time.monotonic() < give_up, f"no result after {TIMEOUT_SECONDS} s; ranks {sorted(found)} are done"
+                assert time.monotonic() < give_up, (
+                    f"no result after {TIMEOUT_SECONDS} s; ranks {sorted(found)} are done"
+                )
                 continue
             assert error is None, f"rank {rank} of {world_size} failed:\n{error}"
             found[rank] = value

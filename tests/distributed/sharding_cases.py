@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from dots_align.model import experts
 from dots_align.model.dots1 import create_model, preset_config
 from dots_align.model.expert_parallel import clip_grad_norm, shard_model
 from dots_align.model.router import moe_layers
+from dots_align.model.sharded_io import load_weights, save_weights
 
 NUM_SEQUENCES, LENGTH, VOCABULARY = 8, 24, 64
 
@@ -138,3 +140,70 @@ def steps_equal_one_process(parallel: dict[str, Any], steps: list[Step]) -> list
     dist.barrier()
     dist.destroy_process_group()
     return differences
+
+
+def bytes_exchanged(ep: int, skew: bool) -> tuple[list[int], int]:
+    """(bytes of rows of each all-to-all that this rank takes part in, bytes of its tokens' k rows in one layer)."""
+    dist.init_process_group("gloo")
+    model = tiny_model(skew)
+    shard_model(model, ParallelSection(ep=ep), None, "cpu")
+    real, sent = dist.all_to_all_single, []
+
+    def counting(out: torch.Tensor, rows: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        if rows.is_floating_point():
+            sent.append(rows.nbytes)
+        return real(out, rows, *arguments, **options)
+
+    ids = sequences()[:1, : 3 + dist.get_rank()]  # every rank another number of tokens
+    dist.all_to_all_single = counting
+    try:
+        model(input_ids=ids, use_cache=False).logits.square().sum().backward()
+    finally:
+        dist.all_to_all_single = real
+    dist.barrier()
+    dist.destroy_process_group()
+    return sent, ids.numel() * model.config.num_experts_per_tok * model.config.hidden_size * 4
+
+
+def save_and_load(directory: str, ep: int, replicas: int) -> dict[str, Any]:
+    """Saves a sharded model in small files, loads it into another sharding, and says what is equal and what it took."""
+    dist.init_process_group("gloo")
+    world = dist.get_world_size()
+    reference = tiny_model()
+    model = copy.deepcopy(reference)
+    shard_model(model, ParallelSection(ep=ep, dp_replicate=replicas), None, "cpu")
+    save_weights(model, Path(directory), max_shard_bytes=20_000)
+    other = tiny_model()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    shard_model(other, ParallelSection(ep=world), None, "cpu")
+    load_weights(other, Path(directory))
+    expected = reference.state_dict()
+    equal = {}
+    for name, tensor in other.state_dict().items():
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        equal[name] = torch.equal(full, expected[name])
+    dist.barrier()
+    dist.destroy_process_group()
+    return equal
+
+
+def bf16_step(parallel: dict[str, Any]) -> dict[str, Any]:
+    """One step that computes in bf16 with fp32 masters: dtypes seen, and how far it is from fp32."""
+    dist.init_process_group("gloo")
+    reference = tiny_model()
+    model = copy.deepcopy(reference)
+    shard_model(model, ParallelSection(**parallel), torch.bfloat16, "cpu")
+    seen: dict[str, torch.dtype] = {}
+    _, block = moe_layers(model)[0]
+    block.experts.register_forward_pre_hook(lambda _m, a: seen.update(hidden=a[0].dtype, weights=a[2].dtype))
+    block.gate.register_forward_hook(lambda _m, _a, out: seen.update(logits=out.dtype))
+    step = Step()
+    found = run_steps(model, step, dist.get_rank(), dist.get_world_size(), num_steps=1)
+    seen["parameters"] = next(model.parameters()).dtype
+    result = {"seen": {k: str(v) for k, v in seen.items()}, "loss": found["losses"][0]}
+    result["expected"] = run_steps(reference, step, 0, 1, num_steps=1)["losses"][0]
+    dist.barrier()
+    dist.destroy_process_group()
+    return result

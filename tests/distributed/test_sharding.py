@@ -1,8 +1,10 @@
 """Sharded training steps against one process, in fp32."""
 
 import pytest
+import sharding_cases
+import torch
 from process_group import launch
-from sharding_cases import Step, steps_equal_one_process
+from sharding_cases import Step, bf16_step, bytes_exchanged, save_and_load, steps_equal_one_process
 
 STEPS = [
     Step(),
@@ -25,3 +27,41 @@ def test_steps_equal_one_process(world, parallel):
     differences, *_ = launch(world, steps_equal_one_process, parallel, STEPS)
     for step, difference in zip(STEPS, differences, strict=True):
         assert max(difference.values()) < 1e-5, (step, difference)
+
+
+@pytest.mark.parametrize("skew", [False, True])
+def test_exactly_the_routed_rows_travel(skew):
+    ranks = launch(4, bytes_exchanged, 4, skew)
+    num_layers = 2  # that route
+    for sent, rows in ranks:
+        # Forward the tokens' rows to the experts and their results home; backward the gradients, the same ways.
+        assert len(sent) == 4 * num_layers
+        assert sent[0] == sent[2] == rows
+    assert sum(sum(sent) for sent, _ in ranks) == sum(4 * num_layers * rows for _, rows in ranks)
+
+
+@pytest.mark.parametrize(("world", "ep", "replicas"), [(2, 2, 1), (4, 2, 1), (4, 1, 2)])
+def test_saved_shards_load_into_another_layout(world, ep, replicas, tmp_path):
+    assert all(launch(world, save_and_load, str(tmp_path), ep, replicas)[0].values())
+    files = sorted(p.name for p in tmp_path.glob("*.safetensors"))
+    assert len(files) > 3  # the ranks wrote in turn
+    from transformers import Dots1ForCausalLM
+
+    sharding_cases.tiny_model().config.save_pretrained(tmp_path)
+    loaded, info = Dots1ForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    expected = sharding_cases.tiny_model().state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("parallel", [{"ep": 1}, {"ep": 2}])
+def test_bf16_computes_in_bf16_but_routes_and_keeps_in_fp32(parallel):
+    result = launch(2, bf16_step, parallel)[0]
+    assert result["seen"] == {
+        "hidden": "torch.bfloat16",
+        "weights": "torch.float32",
+        "logits": "torch.float32",
+        "parameters": "torch.float32",
+    }
+    assert result["loss"] == pytest.approx(result["expected"], rel=0.02)

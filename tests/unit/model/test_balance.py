@@ -6,6 +6,8 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ from dots_align.config import LoraSection
 from dots_align.model.balance import BalanceLoss, BiasPolicy, Sequences, count_sequences, sequence_balance
 from dots_align.model.lora import add_adapter
 from dots_align.model.packed import pack
-from dots_align.model.router import LoadMonitor, load_metrics, moe_layers, record_routes
+from dots_align.model.router import LoadMonitor, idle, load_metrics, moe_layers, record_routes
 
 CPU = torch.device("cpu")
 NUM_EXPERTS, K = 16, 3  # of the fixture model
@@ -95,13 +97,20 @@ def packed_inputs(ids: list[list[int]], boundaries: bool = True, positions: bool
     return inputs
 
 
+def generation_inputs(padded: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """With positions as `generate` makes them: counted from the first real token, 1 on padding."""
+    mask = padded["attention_mask"]
+    return padded | {"position_ids": (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)}
+
+
 LAYOUTS: dict[str, Callable[[list[list[int]]], dict[str, Any]]] = {
     "boundaries": lambda ids: packed_inputs(ids, positions=False),
     "positions": lambda ids: packed_inputs(ids, boundaries=False),
     "both": packed_inputs,
     "padded right": padded_inputs,
     "padded left": lambda ids: padded_inputs(ids, left=True),
-    "padded, with positions": lambda ids: padded_inputs(ids) | {"position_ids": torch.arange(max(LENGTHS))[None]},
+    "padded right, with positions": lambda ids: padded_inputs(ids) | {"position_ids": torch.arange(max(LENGTHS))[None]},
+    "padded left, with positions": lambda ids: generation_inputs(padded_inputs(ids, left=True)),
 }
 
 
@@ -219,11 +228,28 @@ def test_forward_and_inference_are_left_alone(model: Dots1ForCausalLM, token_ids
     assert torch.equal(model(**inputs).logits, expected)
 
 
-def test_a_forward_of_padding_alone_adds_nothing(model: Dots1ForCausalLM, token_ids) -> None:
-    """What a process without work runs to keep others company."""
+def test_value_counts_a_layer_once_that_is_recomputed(model: Dots1ForCausalLM, token_ids) -> None:
+    inputs = packed_inputs(token_ids(*LENGTHS))
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    balance, values = BalanceLoss(model, coef=3.0), []
+    balance.scale = 1.0
+    for checkpointed in (True, False):
+        model.get_decoder().layers[2].gradient_checkpointing = checkpointed
+        main_loss(model, inputs).backward()
+        values.append(balance.take())
+    assert values[0] == pytest.approx(values[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("case", ["idle", "padding alone"])
+def test_a_forward_without_a_sequence_adds_nothing(model: Dots1ForCausalLM, token_ids, case: str) -> None:
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
     balance = BalanceLoss(model, coef=3.0)
     balance.scale = 1.0
-    logits = model(input_ids=torch.tensor(token_ids(9)), attention_mask=torch.zeros(1, 9)).logits
+    mask = None if case == "idle" else torch.zeros(1, 9)
+    with idle() if case == "idle" else nullcontext():
+        logits = model(input_ids=torch.tensor(token_ids(9)), attention_mask=mask).logits
     (0.0 * logits.sum()).backward()
     assert not any(gradient.any() for gradient in gradients(model).values())
     assert balance.take() is None
@@ -410,7 +436,8 @@ def test_update_under_an_adapter_moves_the_bias_of_the_base(model: Dots1ForCausa
     assert not torch.equal(biases(plain), biases(model))
 
 
-def test_a_bf16_bias_is_refused(model: Dots1ForCausalLM) -> None:
+def test_a_bf16_bias_is_refused(model_dir: Path) -> None:
+    model = Dots1ForCausalLM.from_pretrained(model_dir)
     with pytest.raises(ValueError, match=r"layer 1: .*bfloat16.*keep_router_in_fp32"):
         BiasPolicy(LoadMonitor(model.to(torch.bfloat16)), "update", rate=1e-3)
 

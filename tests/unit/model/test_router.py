@@ -20,6 +20,7 @@ from dots_align.model.packed import pack
 from dots_align.model.router import (
     LoadMonitor,
     find_flips,
+    idle,
     keep_router_in_fp32,
     load_metrics,
     moe_layers,
@@ -153,6 +154,19 @@ def test_checkpointing_counts_no_token_twice(model: Dots1ForCausalLM, token_ids,
     assert (monitor.take(), monitor.score_entropy) == (load, pytest.approx(entropy))
 
 
+def test_idle_forwards_are_not_load(model: Dots1ForCausalLM, token_ids) -> None:
+    inputs = pack(token_ids(9, 4), CPU).model_inputs()
+    model.train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    monitor = LoadMonitor(model)
+    with idle():
+        logits = model(**inputs).logits
+    logits.sum().backward()
+    assert monitor.take() is None
+    model(**inputs)
+    assert monitor.take() is not None
+
+
 def test_padding_is_not_load(model: Dots1ForCausalLM, token_ids) -> None:
     """A padded batch (on either side) has the load of its sequences one by one."""
     long, short = token_ids(9, 4)
@@ -165,7 +179,6 @@ def test_padding_is_not_load(model: Dots1ForCausalLM, token_ids) -> None:
         model(input_ids=torch.tensor([long, padded]), attention_mask=torch.tensor([[1] * 9, mask]))
         assert monitor.take() == expected
         assert monitor.score_entropy == pytest.approx(entropy, abs=1e-6)
-    # What a process without work runs to keep others company.
     model(input_ids=torch.tensor([long]), attention_mask=torch.zeros(1, 9))
     assert monitor.take() is None
 
@@ -206,13 +219,19 @@ def router_io(model: Dots1ForCausalLM, hidden: torch.Tensor) -> tuple[torch.Tens
 
 
 @pytest.fixture
+def plain_model(model_dir: Path) -> Dots1ForCausalLM:
+    """As transformers loads it."""
+    return Dots1ForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+
+
+@pytest.fixture
 def hidden() -> torch.Tensor:
     return torch.randn(1, 50, 64, generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_router_under_autocast_is_the_router_without(model: Dots1ForCausalLM, hidden, device: str) -> None:
-    model, hidden = model.to(device), hidden.to(device)
+def test_router_under_autocast_is_the_router_without(plain_model: Dots1ForCausalLM, hidden, device: str) -> None:
+    model, hidden = plain_model.to(device), hidden.to(device)
     expected = router_io(model, hidden)
     with torch.autocast(device, torch.bfloat16):
         # Why it is needed at all; once this fails, transformers keeps the router out of autocast itself.
@@ -225,28 +244,28 @@ def test_router_under_autocast_is_the_router_without(model: Dots1ForCausalLM, hi
     assert all(map(torch.equal, router_io(model, hidden), expected))
 
 
-def test_fp32_router_of_a_copy_uses_the_weights_of_the_copy(model: Dots1ForCausalLM, hidden) -> None:
-    keep_router_in_fp32(model)
-    keep_router_in_fp32(model)
-    copied = copy.deepcopy(model)
+def test_fp32_router_of_a_copy_uses_the_weights_of_the_copy(plain_model: Dots1ForCausalLM, hidden) -> None:
+    keep_router_in_fp32(plain_model)
+    keep_router_in_fp32(plain_model)
+    copied = copy.deepcopy(plain_model)
     moe_layers(copied)[0][1].gate.weight.data.mul_(2)
     with torch.autocast("cpu", torch.bfloat16):
-        torch.testing.assert_close(router_io(copied, hidden)[0], 2 * router_io(model, hidden)[0])
+        torch.testing.assert_close(router_io(copied, hidden)[0], 2 * router_io(plain_model, hidden)[0])
 
 
 @pytest.mark.parametrize("before", [False, True])
 def test_router_is_fp32_under_an_adapter_and_sharded(
-    model: Dots1ForCausalLM, token_ids, process_group: None, before: bool
+    plain_model: Dots1ForCausalLM, token_ids, process_group: None, before: bool
 ) -> None:
     """In whichever order they come; checkpointed, so that backward recomputes the router as well."""
     inputs = {"input_ids": torch.tensor(token_ids(9))}
     found: list[torch.Tensor] = []
-    for block in (block for _, block in moe_layers(model)):
+    for block in (block for _, block in moe_layers(plain_model)):
         block.gate.register_forward_hook(lambda _, __, logits: found.append(logits))
     if before:
-        keep_router_in_fp32(model)
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    adapted = add_adapter(model, LoraSection(r=2), "base").train()
+        keep_router_in_fp32(plain_model)
+    plain_model.gradient_checkpointing_enable({"use_reentrant": False})
+    adapted = add_adapter(plain_model, LoraSection(r=2), "base").train()
     for _, block in moe_layers(adapted):
         fully_shard(block.gate)
     for layer in adapted.get_base_model().model.layers:
@@ -262,27 +281,28 @@ def test_router_is_fp32_under_an_adapter_and_sharded(
 
 
 def test_correction_bias_stays_fp32_however_the_model_becomes_bf16(
-    model_dir: Path, model: Dots1ForCausalLM, hidden
+    model_dir: Path, plain_model: Dots1ForCausalLM, hidden
 ) -> None:
     def biases(of: Dots1ForCausalLM) -> list[torch.Tensor]:
         return [block.gate.e_score_correction_bias for _, block in moe_layers(of)]
 
-    expected = [bias.clone() for bias in biases(model)]
+    expected = [bias.clone() for bias in biases(plain_model)]
     loaded = load_base_model(model_dir, "bfloat16", "packed", "grouped_mm")
     assert all(map(torch.equal, biases(loaded), expected))  # equal includes the dtype
     keep_router_in_fp32(loaded)
-    keep_router_in_fp32(model)
-    for cast in (loaded.bfloat16(), copy.deepcopy(model).to(torch.bfloat16), copy.deepcopy(model).half()):
+    keep_router_in_fp32(plain_model)
+    copied = copy.deepcopy(plain_model)
+    for cast in (loaded.bfloat16(), plain_model.to(torch.bfloat16), copied.half()):
         assert moe_layers(cast)[0][1].gate.weight.dtype != torch.float32
         assert all(map(torch.equal, biases(cast), expected))
         assert all(bias.dtype == torch.float32 for bias in biases(cast))
         assert router_io(cast, hidden.to(cast.dtype))[0].dtype == torch.float32
-        assert cast.state_dict().keys() == model.state_dict().keys()
+        assert cast.state_dict().keys() == plain_model.state_dict().keys()
 
 
-def test_a_correction_bias_already_rounded_is_refused(model: Dots1ForCausalLM) -> None:
+def test_a_correction_bias_already_rounded_is_refused(plain_model: Dots1ForCausalLM) -> None:
     with pytest.raises(ValueError, match=r"layer 1: .*bfloat16.*before the cast"):
-        keep_router_in_fp32(model.to(torch.bfloat16))
+        keep_router_in_fp32(plain_model.to(torch.bfloat16))
 
 
 def test_load_metrics_of_even_and_one_sided_loads() -> None:
