@@ -44,6 +44,7 @@ from dots_align.runtime import (
     barrier,
     device,
     is_main_process,
+    leave_to_main,
     logger,
     now,
     on_main,
@@ -390,7 +391,7 @@ def check_parallel(recipe: Any) -> None:
     except ValueError:
         if is_main_process():
             raise
-        os._exit(1)  # the main process says why, once
+        leave_to_main()
 
 
 def stored_dtype(directory: Path) -> Literal["float32", "bfloat16"]:

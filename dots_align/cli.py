@@ -52,7 +52,7 @@ def _end_other_rank(error: Exception) -> NoReturn:
     from dots_align.runtime import die
 
     if isinstance(error, ValueError):
-        time.sleep(3)  # the main process most likely says the same, and the launcher then ends this one
+        time.sleep(5)  # the main process most likely says the same, and the launcher then ends this one
     die(error)
 
 

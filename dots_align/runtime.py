@@ -118,6 +118,14 @@ def die(error: BaseException) -> NoReturn:
     os._exit(1)  # not sys.exit: leaving a process group in good order would wait for the others
 
 
+def leave_to_main() -> NoReturn:
+    """Ends this process for a reason the main process is telling. Not at once: the launcher would end the main process
+    before it has spoken.
+    """
+    time.sleep(20)
+    os._exit(1)
+
+
 def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
@@ -137,7 +145,7 @@ def on_main(action: Callable[[], Result]) -> Result:
     finally:
         dist.broadcast_object_list(outcome, src=0)
         if not outcome[1] and not is_main_process():
-            os._exit(1)
+            leave_to_main()
     return outcome[0]
 
 

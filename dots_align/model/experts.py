@@ -10,6 +10,9 @@ only what its backward needs and computes only the gradients that are asked for.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import mmap
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -20,6 +23,10 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+import os
+HUGE = float(os.environ.get('HUGE','4')) * 2**20
+RB = int(os.environ.get('RB','4'))
+HT = os.environ.get('HT')
 IMPLEMENTATION = "dots_align_grouped"
 
 
@@ -38,6 +45,21 @@ def _aligned(matrix: torch.Tensor) -> torch.Tensor:
         return matrix
     width = matrix.shape[-1]
     return F.pad(matrix, (0, -width % step))[..., :width]
+
+
+def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Uninitialised CPU memory, in huge pages where it is large.
+
+    What is large is given back to the system and asked for again in every step, and asking for it in pages of 4 KiB
+    takes longer than the products that fill it.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class _Kernel:
@@ -80,7 +102,7 @@ class _Loop:
             start = 0
             for expert, size in enumerate(sizes):
                 if size > 15:
-                    step = 1 << (size.bit_length() - 4)
+                    step = 1 << (size.bit_length() - RB) if RB<9 else RB
                     end = start + (size + step - 1) // step * step
                     if end <= len(rows):
                         blocks[expert] = rows[start:end]
@@ -90,7 +112,7 @@ class _Loop:
     @staticmethod
     def multiply(rows: torch.Tensor, counts: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
         """Block e of `rows` times `matrices[e]`."""
-        out, sizes = rows.new_empty(len(rows), matrices.shape[2]), counts.tolist()
+        out, sizes = (_empty(len(rows), matrices.shape[2],dtype=rows.dtype) if HT else rows.new_empty(len(rows), matrices.shape[2])), counts.tolist()
         each: Iterable[torch.Tensor] = matrices.unbind()
         if matrices.dtype != rows.dtype:  # one at a time: the copy stays in the cache
             each = (matrix.to(rows.dtype) for matrix in each)
@@ -111,7 +133,7 @@ class _Loop:
     def weight_grad(
         grad: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        out, sizes = torch.empty_like(weight, memory_format=torch.contiguous_format), counts.tolist()
+        out, sizes = _empty(*weight.shape, dtype=weight.dtype), counts.tolist()
         grads, blocks = list(grad.mT.split(sizes, dim=1)), _Loop.blocks(rows, sizes)
         for expert, size in enumerate(sizes):
             if (more := len(blocks[expert]) - size) > 0:

@@ -19,6 +19,7 @@ from dots_align.model.experts import local
 from dots_align.runtime import is_main_process, world_size
 
 STATE_TENSORS, STATE = "optimizer_state", "optimizer_state.json"
+MAX_FILE_BYTES = 1 << 30
 
 
 class ShardedAdamW(torch.optim.Optimizer):
@@ -127,19 +128,28 @@ def _state_tensors(optimizer: ShardedAdamW, names: Mapping[str, torch.Tensor]) -
     }
 
 
+def _files(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Number of the file of each tensor. A rank's file is in memory as a whole when it is written, so none is large."""
+    file, room, number_of = 1, MAX_FILE_BYTES * world_size(), {}
+    for name, tensor in tensors.items():
+        if number_of and tensor.nbytes > room:
+            file, room = file + 1, MAX_FILE_BYTES * world_size()
+        number_of[name] = file
+        room -= tensor.nbytes
+    return number_of
+
+
 def save_optimizer(optimizer: ShardedAdamW, names: Mapping[str, torch.Tensor], directory: Path) -> None:
     """Writes the state of the trained parameters, every rank its part, as safetensors; collective.
 
     Args:
         names: parameter of each name; the names have to be the same when it is loaded.
     """
+    tensors = _state_tensors(optimizer, names)
+    writer = HuggingFaceStorageWriter(str(directory / STATE_TENSORS), _files(tensors), save_distributed=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        dcp.save(
-            _state_tensors(optimizer, names),
-            storage_writer=HuggingFaceStorageWriter(str(directory / STATE_TENSORS), save_distributed=True),
-            no_dist=world_size() == 1,
-        )
+        dcp.save(tensors, storage_writer=writer, no_dist=world_size() == 1)
     if is_main_process():
         steps = {name: int(optimizer.state_of(parameter)["step"]) for name, parameter in names.items()}
         (directory / STATE).write_text(json.dumps({"steps": steps}))

@@ -30,7 +30,7 @@ def test_a_fresh_directory_is_made_and_records_the_recipe(tmp_path: Path) -> Non
     run = tmp_path / "a" / "b"
     assert open_run_directory(recipe(run, seed=3)) == run
     record = json.loads((run / "run.json").read_text())
-    assert set(record) == {"stage", "recipe", "recipe_hash", "created", "version"}
+    assert set(record) == {"stage", "recipe", "identity", "recipe_hash", "created", "version"}
     assert record["stage"] == "sft"
     assert record["recipe"]["seed"] == 3
     assert record["recipe"]["optim"]["learning_rate"] == 1e-5
