@@ -226,6 +226,11 @@ class _StageRecipe(_Recipe):
             raise ValueError("on_save names `evaluate`, but the recipe has no `evaluation:` section; add one")
         if self.model.path is not None and self.model.preset is not None:
             raise ValueError("model.path and model.preset exclude each other; set one of them to null")
+        if getattr(self, "lora", None) is not None and self.router.bias_policy == "update":
+            raise ValueError(
+                "router.bias_policy=update moves a bias of the base model, which an adapter's checkpoint does not hold; "
+                "use frozen or track with lora"
+            )
         return self
 
 

@@ -38,7 +38,7 @@ def packed_causal_attention(
         [N, H, D]
     """
     lengths = boundaries.diff()
-    output = torch.empty_like(query)
+    output = torch.empty_like(value)  # autocast may have left the query, normalised, in another dtype
     # Padding to the longest of a bucket wastes less than half of it when lengths in a bucket differ by less than a
     # factor of two.
     buckets = torch.log2(lengths.double()).floor().long()

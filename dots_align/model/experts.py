@@ -4,8 +4,8 @@ Tokens are sorted by expert, so that each expert sees its rows as one block; an 
 rows, nothing special. What is summed (a token's k results, its k gradients) is summed in the order of its chosen
 experts, in fp32, by gathers instead of scatters: no number depends on the order in which anything ran.
 
-Each step of the computation (gather, grouped product, SwiGLU, combine) is an autograd function of its own that keeps
-only what its backward needs and computes only the gradients that are asked for.
+Every step (gather, grouped product, SwiGLU, combine) is an autograd function of its own, which keeps only what its
+backward needs and computes only the gradients that are asked for.
 """
 
 from __future__ import annotations
@@ -23,11 +23,9 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-import os
-HUGE = float(os.environ.get('HUGE','4')) * 2**20
-RB = int(os.environ.get('RB','4'))
-HT = os.environ.get('HT')
 IMPLEMENTATION = "dots_align_grouped"
+# glibc returns blocks above this size to the system when they are freed, whatever the program does.
+_KEPT_BYTES = 32 * 2**20
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -35,11 +33,57 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _empty(shape: tuple[int, ...] | torch.Size, like: torch.Tensor) -> torch.Tensor:
+    """Uninitialised, with the dtype and on the device of `like`.
+
+    Large CPU memory is taken in huge pages: it comes from the system anew in every step, and in pages of 4 KiB getting
+    the memory of a weight gradient takes longer than computing it.
+    """
+    size = math.prod(shape) * like.element_size()
+    if like.device.type != "cpu" or size <= _KEPT_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_empty(shape)
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
+
+
 # ------------------------------------------------------------------------------------------------- grouped products
 
 
+class _Kernel:
+    """The three products of a grouped linear layer by torch's grouped kernel: on GPUs.
+
+    In bf16 nothing is read back to the host; for fp32 torch 2.13 has no kernel and reads the counts back once a
+    product, to loop over the experts.
+    """
+
+    @staticmethod
+    def forward(rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if len(rows) == 0:
+            return rows.new_empty(0, weight.shape[1])
+        return F.grouped_mm(_aligned(rows), _aligned(weight.to(rows.dtype)).mT, offs=_ends(counts))
+
+    @staticmethod
+    def rows_grad(grad: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if len(grad) == 0:
+            return grad.new_empty(0, weight.shape[2])
+        return F.grouped_mm(_aligned(grad), _aligned(weight.to(grad.dtype)), offs=_ends(counts))
+
+    @staticmethod
+    def weight_grad(grad: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if len(grad) == 0:
+            return torch.zeros_like(weight)
+        # The transposed left and plain right side is the one layout in which the kernel takes experts without rows.
+        return F.grouped_mm(_aligned(grad).mT, _aligned(rows), offs=_ends(counts)).to(weight.dtype)
+
+
+def _ends(counts: torch.Tensor) -> torch.Tensor:
+    return counts.cumsum(0, dtype=torch.int32)
+
+
 def _aligned(matrix: torch.Tensor) -> torch.Tensor:
-    """The same numbers with rows that start at multiples of 16 bytes, which the GPU kernel wants."""
+    """The same numbers in rows that start at multiples of 16 bytes, as the kernel demands."""
     step = 16 // matrix.element_size()
     if matrix.stride(-1) == 1 and matrix.stride(-2) % step == 0 and matrix.data_ptr() % 16 == 0:
         return matrix
@@ -47,123 +91,83 @@ def _aligned(matrix: torch.Tensor) -> torch.Tensor:
     return F.pad(matrix, (0, -width % step))[..., :width]
 
 
-def _empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """Uninitialised CPU memory, in huge pages where it is large.
-
-    What is large is given back to the system and asked for again in every step, and asking for it in pages of 4 KiB
-    takes longer than the products that fill it.
-    """
-    size = math.prod(shape) * dtype.itemsize
-    if size < HUGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(shape, dtype=dtype)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)
-
-
-class _Kernel:
-    """The three products of a grouped linear layer by torch's grouped kernel: on GPUs.
-
-    Without a host synchronisation in bf16; torch 2.13 has no kernel for float32 and reads the counts back instead.
-    """
-
-    @staticmethod
-    def forward(rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        offsets = counts.cumsum(0, dtype=torch.int32)
-        return F.grouped_mm(_aligned(rows), _aligned(weight.to(rows.dtype)).mT, offs=offsets)
-
-    @staticmethod
-    def rows_grad(grad: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        offsets = counts.cumsum(0, dtype=torch.int32)
-        return F.grouped_mm(_aligned(grad), _aligned(weight.to(grad.dtype)), offs=offsets)
-
-    @staticmethod
-    def weight_grad(
-        grad: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor:
-        offsets = counts.cumsum(0, dtype=torch.int32)
-        return F.grouped_mm(_aligned(grad).mT, _aligned(rows), offs=offsets).to(weight.dtype)
-
-
 class _Loop:
     """The same products by one matrix product per expert: on CPUs.
 
-    oneDNN, which multiplies in bf16, compiles a kernel for every shape it meets and keeps a thousand of them; compiling
-    takes longer than multiplying. So there the number of rows of a product is rounded up to one of 8 sizes between
-    powers of two, by taking in rows of the next experts.
+    oneDNN, which multiplies in bf16, compiles a kernel for every shape it meets, which takes longer than to multiply,
+    and keeps a thousand of them. So there the number of rows of a product is rounded up to one of 8 sizes between
+    powers of two, by taking in some rows of the next experts.
     """
 
     @staticmethod
-    def blocks(rows: torch.Tensor, sizes: list[int]) -> list[torch.Tensor]:
-        """Each expert's rows; in bf16 followed by some of the next experts', except at the very end."""
-        blocks = list(rows.split(sizes))
-        if rows.element_size() == 2:
-            start = 0
-            for expert, size in enumerate(sizes):
-                if size > 15:
-                    step = 1 << (size.bit_length() - RB) if RB<9 else RB
-                    end = start + (size + step - 1) // step * step
-                    if end <= len(rows):
-                        blocks[expert] = rows[start:end]
-                start += size
-        return blocks
-
-    @staticmethod
-    def multiply(rows: torch.Tensor, counts: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
-        """Block e of `rows` times `matrices[e]`."""
-        out, sizes = (_empty(len(rows), matrices.shape[2],dtype=rows.dtype) if HT else rows.new_empty(len(rows), matrices.shape[2])), counts.tolist()
-        each: Iterable[torch.Tensor] = matrices.unbind()
-        if matrices.dtype != rows.dtype:  # one at a time: the copy stays in the cache
-            each = (matrix.to(rows.dtype) for matrix in each)
-        # In this order: what a block gives for rows of the next experts is overwritten by theirs.
-        for block, matrix, result in zip(_Loop.blocks(rows, sizes), each, _Loop.blocks(out, sizes), strict=True):
-            torch.mm(block, matrix, out=result)
-        return out
-
-    @staticmethod
     def forward(rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return _Loop.multiply(rows, counts, weight.mT)
+        return _Loop._multiply(rows, counts, weight.mT)
 
     @staticmethod
     def rows_grad(grad: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return _Loop.multiply(grad, counts, weight)
+        return _Loop._multiply(grad, counts, weight)
 
     @staticmethod
-    def weight_grad(
-        grad: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor
-    ) -> torch.Tensor:
-        out, sizes = _empty(*weight.shape, dtype=weight.dtype), counts.tolist()
-        grads, blocks = list(grad.mT.split(sizes, dim=1)), _Loop.blocks(rows, sizes)
-        for expert, size in enumerate(sizes):
-            if (more := len(blocks[expert]) - size) > 0:
-                grads[expert] = F.pad(grads[expert].mT, (0, 0, 0, more)).mT
+    def weight_grad(grad: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        out, sizes = _empty(weight.shape, weight), counts.tolist()
+        grads = list(grad.mT.split(sizes, dim=1))
+        blocks, rounded = _Loop._blocks(rows, sizes)
+        for expert in rounded:  # what was taken in counts nothing here
+            taken_in = blocks[expert].shape[0] - sizes[expert]
+            grads[expert] = F.pad(grads[expert].mT, (0, 0, 0, taken_in)).mT
         if out.dtype == rows.dtype:
             for block_grad, block, result in zip(grads, blocks, out.unbind(), strict=True):
                 torch.mm(block_grad, block, out=result)
         else:
             for block_grad, block, result in zip(grads, blocks, out.unbind(), strict=True):
-                result.copy_(block_grad @ block)
+                result.copy_(torch.mm(block_grad, block))
         return out
+
+    @staticmethod
+    def _multiply(rows: torch.Tensor, counts: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+        """Block e of `rows` times `matrices[e]`."""
+        out, sizes = _empty((len(rows), matrices.shape[2]), rows), counts.tolist()
+        blocks, _ = _Loop._blocks(rows, sizes)
+        results, _ = _Loop._blocks(out, sizes)
+        each: Iterable[torch.Tensor] = matrices.unbind()
+        if matrices.dtype != rows.dtype:  # one by one, so that the copy is still in the cache when it is used
+            each = (matrix.to(rows.dtype) for matrix in each)
+        # In this order: what a product gives for rows of the next experts is overwritten by theirs.
+        for block, matrix, result in zip(blocks, each, results, strict=True):
+            torch.mm(block, matrix, out=result)
+        return out
+
+    @staticmethod
+    def _blocks(rows: torch.Tensor, sizes: list[int]) -> tuple[list[torch.Tensor], list[int]]:
+        """Each expert's rows, and the experts whose number was rounded up (not at the very end, where none follow)."""
+        blocks, rounded, start = list(rows.split(sizes)), [], 0
+        if rows.element_size() == 2:
+            for expert, size in enumerate(sizes):
+                step = 1 << max(size.bit_length() - 4, 0)
+                end = start + (size + step - 1) // step * step
+                if start + size < end <= rows.shape[0]:
+                    blocks[expert] = rows[start:end]
+                    rounded.append(expert)
+                start += size
+        return blocks, rounded
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        products = _Kernel if rows.is_cuda else _Loop
-        needs_rows, _, needs_weight = ctx.needs_input_grad
-        ctx.products = products
-        ctx.save_for_backward(rows if needs_weight else None, counts, weight)
-        return products.forward(rows, counts, weight)
+        ctx.products = _Loop if rows.device.type == "cpu" else _Kernel
+        needs_rows_grad, _, needs_weight_grad = ctx.needs_input_grad
+        ctx.save_for_backward(rows if needs_weight_grad else None, counts, weight)
+        return ctx.products.forward(rows, counts, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, None, torch.Tensor | None]:
         rows, counts, weight = ctx.saved_tensors
-        grad = grad.contiguous()
-        needs_rows, _, needs_weight = ctx.needs_input_grad
-        rows_grad = ctx.products.rows_grad(grad, counts, weight) if needs_rows else None
-        weight_grad = ctx.products.weight_grad(grad, rows, counts, weight) if needs_weight else None
+        grad = grad.contiguous()  # .sum() expands its gradient
+        needs_rows_grad, _, needs_weight_grad = ctx.needs_input_grad
+        rows_grad = ctx.products.rows_grad(grad, counts, weight) if needs_rows_grad else None
+        weight_grad = ctx.products.weight_grad(grad, rows, counts, weight) if needs_weight_grad else None
         return rows_grad, None, weight_grad
 
 
@@ -172,7 +176,7 @@ def grouped_linear(rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tenso
 
     Args:
         rows: [M, in], sorted by expert. counts: [E] rows of each expert, summing to M. weight: [E, out, in], of any
-            floating dtype; its gradient has that dtype and is zero for experts without rows.
+            floating dtype; its gradient has the same, and is zero for an expert without rows.
 
     Returns:
         [M, out]
@@ -180,7 +184,12 @@ def grouped_linear(rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tenso
     return _GroupedLinear.apply(rows, counts, weight)
 
 
+# ------------------------------------------------------------------------------------------------------ the experts
+
+
 class _SwiGLU(torch.autograd.Function):
+    """hidden [M, 2I] = (gate, up) -> silu(gate) * up [M, I]"""
+
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(hidden)
@@ -192,11 +201,11 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         (hidden,) = ctx.saved_tensors
         gate, up = hidden.chunk(2, dim=-1)
-        out = torch.empty_like(hidden)
-        gate_grad, up_grad = out.chunk(2, dim=-1)
+        hidden_grad = _empty(hidden.shape, hidden)
+        gate_grad, up_grad = hidden_grad.chunk(2, dim=-1)
         torch.mul(F.silu(gate), grad, out=up_grad)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
-        return out
+        return hidden_grad
 
 
 def expert_mlp(
@@ -207,7 +216,7 @@ def expert_mlp(
     activation: Callable[[torch.Tensor], torch.Tensor],
     adapter: Any = None,
 ) -> torch.Tensor:
-    """The SwiGLU experts on rows sorted by expert, in the dtype of the rows.
+    """The gated experts on rows sorted by expert, in the dtype of the rows.
 
     Args:
         rows: [M, H]. counts: [E] int64 rows of each expert.
@@ -229,90 +238,93 @@ def expert_mlp(
     return out if adapter is None else out + adapter.delta("down_proj", middle, counts)
 
 
-# ------------------------------------------------------------------------------------- tokens to rows, rows to tokens
-
-
-class _Routing:
-    """Which row, in the order of experts, holds which of a token's k choices.
-
-    `token` [M] the token of each row; `rows` [k, T] the row of each token's j-th choice; `counts` [E] rows of each
-    expert. M = T * k. No host synchronisation.
-    """
-
-    def __init__(self, top_k_index: torch.Tensor, num_experts: int) -> None:
-        num_tokens, k = top_k_index.shape
-        ids, order = top_k_index.reshape(-1).sort(stable=True)
-        ends = torch.searchsorted(ids, torch.arange(num_experts, device=ids.device), right=True)
-        self.counts = ends.diff(prepend=ends.new_zeros(1))
-        self.token = order // k
-        position = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        self.rows = position.view(num_tokens, k).t().contiguous()
-        self.order = order
-
-
-class _Gather(torch.autograd.Function):
-    """hidden [T, H] -> rows [M, H]"""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, routing: _Routing, dtype: torch.dtype) -> torch.Tensor:
-        ctx.routing, ctx.dtype = routing, hidden.dtype
-        return hidden.to(dtype).index_select(0, routing.token)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        first, *others = ctx.routing.rows
-        total = grad.index_select(0, first).to(torch.promote_types(grad.dtype, torch.float32))
-        for rows in others:
-            total += grad.index_select(0, rows)
-        return total.to(ctx.dtype), None, None
-
-
-class _Combine(torch.autograd.Function):
-    """rows [M, H], weights [T, k] -> each token's weighted sum [T, H] in `dtype`"""
-
-    @staticmethod
-    def forward(
-        ctx: Any, out: torch.Tensor, weights: torch.Tensor, routing: _Routing, dtype: torch.dtype
-    ) -> torch.Tensor:
-        ctx.routing, ctx.dtype = routing, out.dtype
-        ctx.save_for_backward(out if ctx.needs_input_grad[1] else None, weights)
-        wide = torch.promote_types(weights.dtype, torch.float32)
-        total = torch.zeros(len(weights), out.shape[1], dtype=wide, device=out.device)
-        for rows, weight in zip(routing.rows, weights.t(), strict=True):
-            total.addcmul_(out.index_select(0, rows).to(wide), weight.unsqueeze(-1))
-        return total.to(dtype)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        out, weights = ctx.saved_tensors
-        routing = ctx.routing
-        needs_out, needs_weights, _, _ = ctx.needs_input_grad
-        wide = torch.promote_types(weights.dtype, torch.float32)
-        row_weights = weights.reshape(-1)[routing.order].unsqueeze(-1)
-        num_rows = len(routing.token)
-        out_grad = grad.new_empty(num_rows, grad.shape[1], dtype=ctx.dtype) if needs_out else None
-        dots = weights.new_empty(num_rows, dtype=wide) if needs_weights else None
-        chunk = 1024 if not grad.is_cuda else 16384
-        for start in range(0, num_rows, chunk):
-            part = slice(start, start + chunk)
-            row_grad = grad.index_select(0, routing.token[part]).to(wide)
-            if dots is not None:
-                torch.sum(row_grad * out[part], -1, out=dots[part])
-            if out_grad is not None:
-                out_grad[part] = row_grad.mul_(row_weights[part])
-        weights_grad = dots[routing.rows.t()].to(weights.dtype) if dots is not None else None
-        return out_grad, weights_grad, None, None
-
-
-# ------------------------------------------------------------------------------------------------------- the plug
-
-
 def active_adapter(experts: nn.Module) -> Any:
     """The routed experts' LoRA adapter, unless there is none or PEFT has switched adapters off."""
     adapter = getattr(experts, "lora", None)
     return None if adapter is None or adapter.disable_adapters else adapter
+
+
+# ------------------------------------------------------------------------------------- tokens to rows, rows to tokens
+
+
+def _sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From the experts [T, K] that the tokens chose: `order` [M = T * K], the flat choice that each row serves;
+    `places` [K, T], the row that serves each token's j-th choice; `counts` [E]. Nothing is read back to the host.
+    """
+    num_tokens, k = top_k_index.shape
+    ids, order = top_k_index.reshape(-1).sort(stable=True)
+    ends = torch.searchsorted(ids, torch.arange(num_experts, dtype=ids.dtype, device=ids.device), right=True)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    return order, places.view(num_tokens, k).t().contiguous(), ends.diff(prepend=ends.new_zeros(1))
+
+
+def _wide(*tensors: torch.Tensor) -> torch.dtype:
+    """The dtype for their sums: at least fp32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+class _Gather(torch.autograd.Function):
+    """hidden [T, H] -> rows [M, H] in `dtype`: row i is that of token `order[i] // K`"""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, order: torch.Tensor, places: torch.Tensor, dtype: torch.dtype
+    ) -> torch.Tensor:
+        ctx.dtype = hidden.dtype
+        ctx.save_for_backward(places)
+        hidden = hidden.to(dtype)
+        rows = _empty((len(order), hidden.shape[1]), hidden)
+        return torch.index_select(hidden, 0, order // len(places), out=rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (places,) = ctx.saved_tensors
+        total = torch.zeros(places.shape[1], grad.shape[1], dtype=_wide(grad), device=grad.device)
+        for rows in places:
+            total += grad.index_select(0, rows)
+        return total.to(ctx.dtype), None, None, None
+
+
+class _Combine(torch.autograd.Function):
+    """out [M, H], weights [T, K] -> the weighted sum of each token's K rows [T, H] in `dtype`"""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        out: torch.Tensor,
+        weights: torch.Tensor,
+        order: torch.Tensor,
+        places: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        ctx.out_dtype = out.dtype
+        ctx.save_for_backward(out if ctx.needs_input_grad[1] else None, weights, order, places)
+        total = torch.zeros(len(weights), out.shape[1], dtype=_wide(out, weights), device=out.device)
+        for rows, weight in zip(places, weights.t(), strict=True):
+            total.addcmul_(out.index_select(0, rows).to(total.dtype), weight.unsqueeze(-1))
+        return total.to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
+        out, weights, order, places = ctx.saved_tensors
+        num_rows, wide = len(order), _wide(grad, weights)
+        row_tokens, row_weights = order // len(places), weights.reshape(-1)[order].unsqueeze(-1)
+        out_grad = _empty((num_rows, grad.shape[1]), grad.new_empty(0, dtype=ctx.out_dtype))
+        dots = grad.new_empty(num_rows, dtype=wide)
+        # Piece by piece: the wide copies of a piece stay in a CPU's cache, and are small beside a GPU's memory.
+        piece = 1024 if grad.device.type == "cpu" else 16384
+        for start in range(0, num_rows, piece):
+            part = slice(start, start + piece)
+            row_grad = grad.index_select(0, row_tokens[part]).to(wide)
+            if out is not None:
+                torch.sum(row_grad * out[part], -1, out=dots[part])
+            torch.mul(row_grad, row_weights[part], out=out_grad[part])
+        return out_grad, None if out is None else dots[places.t()].to(weights.dtype), None, None, None
 
 
 def experts_forward(
@@ -322,7 +334,7 @@ def experts_forward(
     top_k_weights: torch.Tensor,
     meanwhile: Callable[[], torch.Tensor] | None = None,
 ) -> Any:
-    """`Dots1NaiveMoe.forward` by grouped products.
+    """`Dots1NaiveMoe.forward` by grouped products, in the dtype of autocast where that is on, else of the weights.
 
     Args:
         hidden_states: [T, H]. top_k_index: [T, K] expert ids. top_k_weights: [T, K] fp32.
@@ -334,22 +346,17 @@ def experts_forward(
     gate_up, down = local(experts.gate_up_proj), local(experts.down_proj)
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else gate_up.dtype
-    routing = _Routing(top_k_index, experts.num_experts)
-    rows, counts = _Gather.apply(hidden_states, routing, dtype), routing.counts
+    order, places, counts = _sort_by_expert(top_k_index, experts.num_experts)
+    rows = _Gather.apply(hidden_states, order, places, dtype)
     exchange = getattr(experts, "exchange", None)
-    aside = None
-    if exchange is None:
-        if meanwhile is not None:
-            aside = meanwhile()
-        out = expert_mlp(rows, counts, gate_up, down, experts.act_fn, active_adapter(experts))
-    else:
-        travelling = exchange.dispatch(rows, counts)
-        if meanwhile is not None:
-            aside = meanwhile()
+    travelling = None if exchange is None else exchange.dispatch(rows, counts)
+    aside = None if meanwhile is None else meanwhile()
+    if travelling is not None:
         rows, counts = travelling.wait()
-        out = expert_mlp(rows, counts, gate_up, down, experts.act_fn, active_adapter(experts))
+    out = expert_mlp(rows, counts, gate_up, down, experts.act_fn, active_adapter(experts))
+    if travelling is not None:
         out = travelling.combine(out)
-    combined = _Combine.apply(out, top_k_weights, routing, hidden_states.dtype)
+    combined = _Combine.apply(out, top_k_weights, order, places, hidden_states.dtype)
     return combined if meanwhile is None else (combined, aside)
 
 

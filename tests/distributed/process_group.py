@@ -11,7 +11,17 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-PRELOAD = ["torch", "transformers", "trl", "peft", "datasets", "dots_align.cli", "sharding_cases", "stage_cases"]
+PRELOAD = [
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "datasets",
+    "dots_align.cli",
+    "router_cases",
+    "sharding_cases",
+    "stage_cases",
+]
 TIMEOUT_SECONDS = 120
 
 

@@ -41,7 +41,7 @@ def test_every_readme_command_runs(repo_root: Path, tmp_path: Path):
     readme = (repo_root / "README.md").read_text(encoding="utf-8")
     found = commands(readme)
     tools = {Path(command[0]).name for command in found}
-    assert tools == {"quickstart.sh", "test.sh", "dots-align", "accelerate"}
+    assert tools == {"quickstart.sh", "test.sh", "dots-align", "accelerate", "torchrun"}
     for name in ("recipes", "reward_models", "dots_align"):
         (tmp_path / name).symlink_to(repo_root / name)
     gsm8k = tmp_path / "data" / "gsm8k"
@@ -50,7 +50,7 @@ def test_every_readme_command_runs(repo_root: Path, tmp_path: Path):
     for split in ("train", "test"):
         (gsm8k / f"{split}.jsonl").write_text("".join(row.format(n, 2 * n) for n in range(2, 42)))
     venv = repo_root / ".venv" / "bin"
-    environment = {**os.environ, "PATH": f"{venv}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "PATH": f"{venv}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     for command in found:
         if command[0].startswith("scripts/"):
             continue  # test.sh runs these tests; quickstart.sh has a test of its own below
