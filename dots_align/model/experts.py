@@ -8,6 +8,9 @@ Every step (gather, grouped product, SwiGLU, combine) is an autograd function of
 backward needs and computes only the gradients that are asked for.
 """
 
+# once_differentiable hides the names of backward's parameters:
+# pyright: reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
 import contextlib
@@ -156,8 +159,7 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ctx.products = _Loop if rows.device.type == "cpu" else _Kernel
-        needs_rows_grad, _, needs_weight_grad = ctx.needs_input_grad
-        ctx.save_for_backward(rows if needs_weight_grad else None, counts, weight)
+        ctx.save_for_backward(rows if ctx.needs_input_grad[2] else None, counts, weight)
         return ctx.products.forward(rows, counts, weight)
 
     @staticmethod

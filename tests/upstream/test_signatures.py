@@ -238,3 +238,67 @@ def test_verl_names_schulmans_estimators_as_we_do() -> None:
     wanted = {"k1": a - b, "k2": (a - b) ** 2 / 2, "k3": (b - a).exp() - (b - a) - 1}
     for name, theirs in _KL_NAMES.items():
         np.testing.assert_allclose(kl_penalty(a, b, theirs).numpy(), wanted[name].numpy(), rtol=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- what sharding needs
+
+
+def test_trainer_hands_over_optimizer_clipping_and_state() -> None:
+    import transformers
+
+    trainer = transformers.Trainer
+    assert parameters(trainer.create_optimizer) == ["self", "model"]
+    assert parameters(trainer._clip_grad_norm) == ["self", "model"]
+    assert parameters(trainer._save_optimizer_and_scheduler) == ["self", "output_dir"]
+    assert parameters(trainer._load_optimizer_and_scheduler) == ["self", "checkpoint"]
+    assert parameters(trainer._load_from_checkpoint) == ["self", "resume_from_checkpoint", "model"]
+    assert accepts(trainer.save_model, "output_dir", "_internal_call")
+    assert "epoch_iterator" in parameters(trainer.get_batch_samples)
+    assert "self._clip_grad_norm(" in inspect.getsource(trainer)
+    # Losses are a process's share times the number of processes, gradients then the mean over processes.
+    assert "self.accelerator.num_processes" in inspect.getsource(trainer.compute_loss)
+
+
+def test_accelerate_leaves_a_prepared_model_alone_and_accumulates_with_its_no_sync() -> None:
+    from accelerate import Accelerator
+
+    assert '"_is_accelerate_prepared"' in inspect.getsource(Accelerator.prepare_model)
+    assert '"no_sync"' in inspect.getsource(Accelerator.no_sync)
+
+
+def test_dpo_hashes_the_reference_by_a_name_in_its_module() -> None:
+    from trl.trainer import dpo_trainer
+
+    assert parameters(dpo_trainer.hash_module) == ["module"]
+    assert "hash_module(" in inspect.getsource(dpo_trainer.DPOTrainer.__init__)
+
+
+def test_experts_hand_keyword_arguments_to_their_implementation() -> None:
+    from transformers.integrations import moe
+
+    assert "experts_forward(self, *args, **kwargs)" in inspect.getsource(moe.use_experts_implementation)
+
+
+def test_moe_block_has_the_steps_that_are_run_in_another_order() -> None:
+    from transformers.models.dots1.modeling_dots1 import Dots1MoE
+
+    source = inspect.getsource(Dots1MoE.forward)
+    steps = ["self.gate(", "self.route_tokens_to_experts(", "self.experts(", "self.shared_experts("]
+    assert [source.index(step) for step in steps] == sorted(source.index(step) for step in steps)
+
+
+def test_fsdp_modules_have_what_sharding_calls() -> None:
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    assert accepts(fully_shard, "mesh", "reshard_after_forward", "shard_placement_fn", "mp_policy")
+    assert accepts(MixedPrecisionPolicy, "param_dtype", "reduce_dtype", "cast_forward_inputs")
+    for name in ("set_gradient_divide_factor", "set_force_sum_reduction_for_comms", "set_requires_gradient_sync"):
+        assert callable(getattr(FSDPModule, name))
+    assert accepts(FSDPModule.set_reshard_after_forward, "reshard_after_forward", "recurse")
+
+
+def test_distributed_checkpoints_can_be_safetensors() -> None:
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+    assert accepts(HuggingFaceStorageWriter, "path", "fqn_to_index_mapping", "save_distributed")
+    assert accepts(HuggingFaceStorageReader, "path")

@@ -1,0 +1,306 @@
+"""The most that is alive at once on one process, phase by phase.
+
+A training step peaks at its head (logits, and everything kept from forward to backward), while a layer's backward runs
+(its gathered weights, its recomputed activations, gradients before and after they are reduced), or in the optimizer; RL
+also in the rollout, when all weights are gathered beside the cache. Each phase is a few moments; the worst one counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from dots_align.planner.activations import LayerMemory, MicroBatch, dense_layer, head, logits_chunk, moe_layer
+from dots_align.planner.shards import Group, Shards
+from dots_align.rollout.kv_cache import GroupedKVCache
+
+# What a process's memory is spent on, in the order of the table.
+CATEGORIES = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "gathered weights",
+    "unreduced gradients",
+    "activations",
+    "logits",
+    "KV cache",
+)
+Bytes = dict[str, int]
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """What a process samples at once: `groups` prompts of up to `prompt_tokens`, `group_size` responses each of up to
+    `max_tokens`.
+    """
+
+    groups: int
+    group_size: int
+    prompt_tokens: int
+    max_tokens: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What memory depends on beside the shards.
+
+    `accumulates`: several forwards before gradients are reduced. `prefill` is the micro-batch of the prompts of a
+    rollout. `copies`: models of this size, 2 with a reference of its own.
+    """
+
+    batch: MicroBatch
+    checkpointing: bool
+    accumulates: bool
+    offload: bool
+    reshard: bool
+    mixed: bool
+    copies: int = 1
+    rollout: RolloutBatch | None = None
+    prefill: MicroBatch | None = None
+
+
+class MemoryModel:
+    """Bytes of each phase of a step, by category.
+
+    Args:
+        config: of the model. shards: what one process holds. work: what it does.
+    """
+
+    def __init__(self, config: Any, shards: Shards, work: Work) -> None:
+        self.config, self.shards, self.work = config, shards, work
+        self.layers = [self._layer(moe_layer if self._experts(i) else dense_layer, work.batch) for i in self._depths()]
+        self.head = head(config, work.batch, shards.trained)
+        self.always = {
+            "parameters": work.copies * shards.bytes,
+            "optimizer": 0 if work.offload else shards.optimizer_bytes(offload=False),
+        }
+
+    def phases(self) -> dict[str, Bytes]:
+        """The worst moment of each phase."""
+        found = {"forward": self._forward(), "backward": self._backward(), "optimizer": self._optimizer()}
+        if self.work.rollout is not None:
+            found = {"rollout": self._rollout(), **found}
+        return {name: {c: moment.get(c, 0) for c in CATEGORIES} for name, moment in found.items()}
+
+    def host_bytes(self) -> int:
+        """Of offloaded states, and the gradients on their way to them."""
+        return (12 + 4) * self.shards.trained_elements if self.work.offload else 0
+
+    # ---------------------------------------------------------------------------------------------------- phases
+
+    def _forward(self) -> Bytes:
+        """At the logits. Their entropy takes a second chunk."""
+        group = self._group("head")
+        gathered = self._gathered(group) + self._buffer(group) + self._left_gathered(len(self.layers))
+        return self._moment(
+            gathered=gathered,
+            unreduced=self._accumulated(len(self.layers)),
+            activations=self._kept(len(self.layers)) + self.head,
+            logits=2 * logits_chunk(self.config, self.work.batch),
+        )
+
+    def _backward(self) -> Bytes:
+        moments = [self._head_backward(), self._embedding_backward()]
+        for layer in {0, self._first_moe(), len(self.layers) - 1}:
+            moments += self._layer_backward(layer)
+        return max(moments, key=lambda moment: sum(moment.values()))
+
+    def _head_backward(self) -> Bytes:
+        """The head's gradient is summed in fp32 over the chunks, then cast, then reduced."""
+        group, size, batch = self._group("head"), self.work.batch.itemsize, self.work.batch
+        chunk = logits_chunk(self.config, batch)
+        own_chunks = chunk + (chunk * size // 4 if size < 4 else 0)
+        in_fp32 = 4 * group.whole_trained
+        summing = own_chunks + in_fp32
+        reducing = self._reduction(group)
+        return self._moment(
+            gathered=self._gathered(group) + self._left_gathered(len(self.layers)),
+            unreduced=self._accumulated(len(self.layers)) + max(in_fp32, reducing),
+            activations=self._kept(len(self.layers)) + self.head + batch.scored * self.config.hidden_size * size,
+            logits=max(summing, reducing) - max(in_fp32, reducing),
+        )
+
+    def _layer_backward(self, layer: int) -> list[Bytes]:
+        """While its experts' gradients are computed; while they are reduced; while those of the rest are."""
+        memory, group, experts = self.layers[layer], self._group("layer", layer), self._experts(layer)
+        done = self._reduced_after(layer)
+        accumulated = self._accumulated(layer)
+        held = self._reduce_buffer(self._group("layer", layer + 1)) if layer + 1 < len(self.layers) else 0
+        gathered = self._gathered(group) + self._left_gathered(layer)
+        kept = self._kept(layer) + (memory.kept if self.work.checkpointing else 0)
+        stream = self._stream()
+        own_experts = self._gathered(experts) + (self._buffer(experts) if self.work.checkpointing else 0)
+        computing = self._moment(
+            gathered=gathered + own_experts,
+            gradients=done,
+            unreduced=accumulated + held + self._unreduced(experts) // 3,
+            activations=kept + memory.in_backward,
+        )
+        next_layer = self._buffer(self._group("layer", layer - 1)) if layer else 0
+        reducing_experts = self._moment(
+            gathered=gathered + (self._buffer(experts) if self.work.checkpointing else 0),
+            gradients=done,
+            unreduced=accumulated + self._reduction(experts),
+            activations=kept - memory.late + 2 * stream,
+        )
+        reducing_rest = self._moment(
+            gathered=gathered + next_layer,
+            gradients=done + (experts.trained_bytes if experts else 0),
+            unreduced=accumulated + self._reduction(group),
+            activations=kept - memory.kept + 2 * stream,
+        )
+        return [computing, reducing_experts, reducing_rest]
+
+    def _embedding_backward(self) -> Bytes:
+        group = self._group("embedding")
+        return self._moment(
+            gradients=self.shards.gradient_bytes - group.trained_bytes,
+            unreduced=self._reduction(group),
+            activations=2 * self._stream(),
+        )
+
+    def _optimizer(self) -> Bytes:
+        """Gradients of parameters in less than fp32 are cast, all at once; offloaded, one after the other."""
+        casts = [4 * g.trained for g in self.shards.groups if g.trained_bytes < 4 * g.trained]
+        moving = max(casts, default=0) if self.work.offload else sum(casts)
+        return self._moment(gradients=self.shards.gradient_bytes, unreduced=moving)
+
+    def _rollout(self) -> Bytes:
+        rollout, prefill, size = self.work.rollout, self.work.prefill, self.work.batch.itemsize
+        assert rollout is not None
+        assert prefill is not None
+        config, rows = self.config, rollout.groups * rollout.group_size
+        cache = GroupedKVCache(
+            config.num_hidden_layers,
+            config.num_key_value_heads,
+            config.head_dim,
+            rollout.groups,
+            rollout.group_size,
+            rollout.prompt_tokens,
+            rollout.max_tokens,
+            torch.bfloat16 if size == 2 else torch.float32,
+            torch.device("meta"),
+        )
+        # Sampling: logits in the dtype of computation and fp32, then log-probabilities, scaled, their sum and so on.
+        logits = rows * config.vocab_size * (size + 5 * 4)
+        layer = self._layer(moe_layer, prefill)
+        prompts = layer.in_forward + prefill.itemsize * (
+            prefill.received * (config.hidden_size + 3 * config.moe_intermediate_size)
+            + prefill.attended * 4 * config.num_attention_heads * config.head_dim
+        )
+        # One token of each sequence: scores against the whole cache of a layer, in fp32, and their weights.
+        heads = config.num_attention_heads
+        decode = rows * heads * (rollout.prompt_tokens + rollout.max_tokens) * 3 * 4
+        everything = sum(self._gathered(g) for g in self.shards.groups)
+        largest = max(self._buffer(g) for g in self.shards.groups)
+        return self._moment(
+            gathered=everything + largest,
+            activations=max(prompts, decode),
+            logits=logits,
+            cache=cache.num_bytes,
+        )
+
+    # ----------------------------------------------------------------------------------------------------- parts
+
+    def _moment(
+        self,
+        gathered: int = 0,
+        gradients: int = 0,
+        unreduced: int = 0,
+        activations: int = 0,
+        logits: int = 0,
+        cache: int = 0,
+    ) -> Bytes:
+        return {
+            **self.always,
+            "gradients": gradients,
+            "gathered weights": gathered,
+            "unreduced gradients": unreduced,
+            "activations": activations,
+            "logits": logits,
+            "KV cache": cache,
+        }
+
+    def _depths(self) -> range:
+        return range(self.config.num_hidden_layers)
+
+    def _first_moe(self) -> int:
+        return next((i for i in self._depths() if self._experts(i)), 0)
+
+    def _layer(self, count: Callable[..., LayerMemory], batch: MicroBatch) -> LayerMemory:
+        return count(self.config, batch, self.shards.trained)
+
+    def _group(self, kind: str, layer: int = -1) -> Group:
+        found = self.shards.of(kind, layer)
+        assert found is not None, (kind, layer)
+        return found
+
+    def _experts(self, layer: int) -> Group | None:
+        return self.shards.of("experts", layer)
+
+    def _stream(self) -> int:
+        """Hidden states between layers, which checkpointing keeps of each."""
+        return self.work.batch.tokens * self.config.hidden_size * self.work.batch.itemsize
+
+    def _kept(self, layers: int) -> int:
+        """What the first `layers` layers (with that one, if they are not recomputed) hold for their backward."""
+        if self.work.checkpointing:
+            return (layers + 1) * self._stream()
+        return sum(memory.kept for memory in self.layers[: layers + 1])
+
+    def _gathered(self, group: Group | None) -> int:
+        """A group's whole weights, in the dtype of computation; the router's in its own."""
+        if group is None or not self.shards.sharded:
+            return 0
+        return group.bytes * group.ranks if group.kind == "router" else group.whole * self.work.batch.itemsize
+
+    def _buffer(self, group: Group | None) -> int:
+        """What a group's all-gather writes to, before the parameters are copied out."""
+        return self._gathered(group) if group is not None and group.ranks > 1 else 0
+
+    def _left_gathered(self, layers: int) -> int:
+        """Weights that wait for their backward: routers', and everybody's where layers are not given back."""
+        waiting = [g for g in self.shards.groups if 0 <= g.layer < layers]
+        return sum(self._gathered(g) for g in waiting if g.kind == "router" or not self.work.reshard)
+
+    def _reduce_size(self, group: Group) -> int:
+        """Bytes of a gradient while it is reduced."""
+        if self.work.mixed and group.kind != "router":
+            return 4
+        return group.trained_bytes // max(group.trained, 1)
+
+    def _unreduced(self, group: Group | None) -> int:
+        """A group's whole gradients as backward leaves them."""
+        if group is None or not self.shards.sharded:
+            return 0
+        size = self._reduce_size(group) if group.kind == "router" else self.work.batch.itemsize
+        return group.whole_trained * size
+
+    def _reduce_buffer(self, group: Group | None) -> int:
+        """The input of a reduce-scatter, which stays until the next one."""
+        if group is None or not self.shards.sharded:
+            return 0
+        return group.whole_trained * self._reduce_size(group)
+
+    def _reduction(self, group: Group | None) -> int:
+        """The worst of reducing a group's gradients: into the buffer, or out of it and into the parameters' dtype."""
+        if group is None or not group.trained:
+            return 0
+        if not self.shards.sharded:
+            return group.trained_bytes
+        whole, out = self._reduce_buffer(group), group.trained * self._reduce_size(group)
+        divided = whole if group.ranks == 1 and group.kind == "experts" else 0
+        return whole + max(self._unreduced(group), out + max(divided, group.trained_bytes))
+
+    def _accumulated(self, layers: int) -> int:
+        """Whole gradients of earlier micro-batches, of the groups that backward has not reached."""
+        if not self.work.accumulates or not self.shards.sharded:
+            return 0
+        return sum(self._reduce_buffer(g) for g in self.shards.groups if g.layer < layers)
+
+    def _reduced_after(self, layer: int) -> int:
+        """Gradients of the groups that backward has finished before it comes to a layer."""
+        return sum(g.trained_bytes for g in self.shards.groups if g.layer > layer or g.kind == "head")
