@@ -339,7 +339,7 @@ def load_trainable(
     if world_size() == 1 and not bf16:
         loaded, tokenizer = load_model(model, device())
         if lora is not None:
-            loaded = add_adapter(loaded, lora, str(model.path), seed)
+            loaded = add_adapter(loaded, lora, _lasting(model), seed)
         loaded._is_accelerate_prepared = True  # pyright: ignore[reportAttributeAccessIssue] - or a launch of one is DDP
         return loaded, tokenizer
     directory, base = _directories(model)
@@ -352,13 +352,19 @@ def load_trainable(
     start_processes(parallel.timeout_minutes)
     loaded: Any = meta_model(directory, model.dtype, model.attn_implementation, model.experts_implementation)
     if lora is not None:
-        loaded = add_adapter(loaded, lora, str(model.path), seed)
+        loaded = add_adapter(loaded, lora, _lasting(model), seed)
     shard_model(loaded, parallel, torch.bfloat16 if bf16 else None, device().type)
     materialize(loaded, device())
     load_weights(loaded, directory)
     if lora is not None:
         initialise_adapter(loaded, seed, place_part)
     return loaded, tokenizer
+
+
+def _lasting(model: ModelSection) -> str:
+    """The path of a checkpoint as an adapter should remember it: `last` will be another one after the next run."""
+    path = Path(str(model.path))
+    return str(path.with_name(path.readlink().name) if path.is_symlink() else path)
 
 
 def load_state(model: Any, directory: Path) -> None:
@@ -379,11 +385,8 @@ def check_parallel(recipe: Any) -> None:
         if recipe.model.preset is not None:
             num_experts: Any = preset_config(recipe.model.preset).n_routed_experts
         else:
-            directory = Path(recipe.model.path)
-            path = (adapter_base(directory) or directory) / "config.json"
-            if not path.is_file():
-                raise ValueError(f"{directory}: not a checkpoint directory: it has no config.json")
-            num_experts = json.loads(path.read_text(encoding="utf-8"))["n_routed_experts"]
+            _, base = _directories(recipe.model)
+            num_experts = json.loads((base / "config.json").read_text(encoding="utf-8"))["n_routed_experts"]
         check_layout(recipe.parallel, world_size(), num_experts)
 
     try:

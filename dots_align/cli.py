@@ -106,17 +106,21 @@ def _stage(options: argparse.Namespace) -> None:
 
 def _eval(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides, "eval")
-    from dots_align.runtime import setup_logging
+    from dots_align.runtime import is_main_process, setup_logging, stop_processes
 
     setup_logging()
+    from dots_align.checkpoint import check_parallel
     from dots_align.evals.on_save import evaluate_directory
 
     if recipe.model.path is None:
         raise ValueError("model.path is not set; give the checkpoint directory to evaluate")
+    check_parallel(recipe)
     checkpoint = Path(recipe.model.path)
     output = Path(recipe.output) if recipe.output else checkpoint / "eval.json"
-    evaluate_directory(checkpoint, recipe.model, recipe.evaluation, recipe.seed, output)
-    print(output)
+    evaluate_directory(checkpoint, recipe.model, recipe.evaluation, recipe.seed, output, recipe.parallel)
+    if is_main_process():
+        print(output)
+    stop_processes()
 
 
 def _export(options: argparse.Namespace) -> None:

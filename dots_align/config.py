@@ -299,6 +299,7 @@ class EvalRecipe(Section):
     stage: Literal["eval"]
     seed: int = 0
     model: ModelSection
+    parallel: ParallelSection = ParallelSection()
     evaluation: EvaluationSection
     output: str | None = Field(default=None, description="file for the result; <checkpoint>/eval.json if not given")
 

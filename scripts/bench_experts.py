@@ -212,7 +212,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="few tokens, few experts, few rounds: some seconds")
     options = parser.parse_args()
     if options.quick:
-        options.tokens, options.experts, options.repeats = [64, 256], 32, 3
+        options.tokens, options.experts, options.repeats, options.max_gib = [64, 256], 32, 3, 0.5
     return options
 
 

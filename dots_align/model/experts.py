@@ -142,13 +142,13 @@ class _Loop:
 
     @staticmethod
     def _blocks(rows: torch.Tensor, sizes: list[int]) -> tuple[list[torch.Tensor], list[int]]:
-        """Each expert's rows, and the experts whose number was rounded up (not at the very end, where none follow)."""
+        """Each expert's rows, and the experts whose number was rounded up (as far as there are rows)."""
         blocks, rounded, start = list(rows.split(sizes)), [], 0
         if rows.element_size() == 2:
             for expert, size in enumerate(sizes):
                 step = 1 << max(size.bit_length() - 4, 0)
                 end = start + (size + step - 1) // step * step
-                if start + size < end <= rows.shape[0]:
+                if end > start + size:
                     blocks[expert] = rows[start:end]
                     rounded.append(expert)
                 start += size

@@ -48,7 +48,8 @@ class Work:
     """What memory depends on beside the shards.
 
     `accumulates`: several forwards before gradients are reduced. `prefill` is the micro-batch of the prompts of a
-    rollout. `copies`: models of this size, 2 with a reference of its own.
+    rollout. `copies`: models of this size, 2 with a reference of its own. `on_cpu`: CPUs have no product of bf16 that
+    sums in fp32, and copy.
     """
 
     batch: MicroBatch
@@ -60,6 +61,7 @@ class Work:
     copies: int = 1
     rollout: RolloutBatch | None = None
     prefill: MicroBatch | None = None
+    on_cpu: bool = False
 
 
 class MemoryModel:
@@ -71,7 +73,8 @@ class MemoryModel:
 
     def __init__(self, config: Any, shards: Shards, work: Work) -> None:
         self.config, self.shards, self.work = config, shards, work
-        self.layers = [self._layer(moe_layer if self._experts(i) else dense_layer, work.batch) for i in self._depths()]
+        dense, moe = (self._layer(count, work.batch) for count in (dense_layer, moe_layer))
+        self.layers = [moe if self._experts(i) else dense for i in self._depths()]
         self.head = head(config, work.batch, shards.trained)
         self.always = {
             "parameters": work.copies * shards.bytes,
@@ -94,7 +97,7 @@ class MemoryModel:
     def _forward(self) -> Bytes:
         """At the logits. Their entropy takes a second chunk."""
         group = self._group("head")
-        gathered = self._gathered(group) + self._buffer(group) + self._left_gathered(len(self.layers))
+        gathered = self.gathered(group) + self._buffer(group) + self._left_gathered(len(self.layers))
         return self._moment(
             gathered=gathered,
             unreduced=self._accumulated(len(self.layers)),
@@ -112,12 +115,12 @@ class MemoryModel:
         """The head's gradient is summed in fp32 over the chunks, then cast, then reduced."""
         group, size, batch = self._group("head"), self.work.batch.itemsize, self.work.batch
         chunk = logits_chunk(self.config, batch)
-        own_chunks = chunk + (chunk * size // 4 if size < 4 else 0)
+        own_chunks = chunk + (chunk * size // 4 if size < 4 else 0) + (chunk if size < 4 and self.work.on_cpu else 0)
         in_fp32 = 4 * group.whole_trained
         summing = own_chunks + in_fp32
         reducing = self._reduction(group)
         return self._moment(
-            gathered=self._gathered(group) + self._left_gathered(len(self.layers)),
+            gathered=self.gathered(group) + self._left_gathered(len(self.layers)),
             unreduced=self._accumulated(len(self.layers)) + max(in_fp32, reducing),
             activations=self._kept(len(self.layers)) + self.head + batch.scored * self.config.hidden_size * size,
             logits=max(summing, reducing) - max(in_fp32, reducing),
@@ -128,11 +131,11 @@ class MemoryModel:
         memory, group, experts = self.layers[layer], self._group("layer", layer), self._experts(layer)
         done = self._reduced_after(layer)
         accumulated = self._accumulated(layer)
-        held = self._reduce_buffer(self._group("layer", layer + 1)) if layer + 1 < len(self.layers) else 0
-        gathered = self._gathered(group) + self._left_gathered(layer)
+        held = self.reduce_buffer(self._group("layer", layer + 1)) if layer + 1 < len(self.layers) else 0
+        gathered = self.gathered(group) + self._left_gathered(layer)
         kept = self._kept(layer) + (memory.kept if self.work.checkpointing else 0)
         stream = self._stream()
-        own_experts = self._gathered(experts) + (self._buffer(experts) if self.work.checkpointing else 0)
+        own_experts = self.gathered(experts) + (self._buffer(experts) if self.work.checkpointing else 0)
         computing = self._moment(
             gathered=gathered + own_experts,
             gradients=done,
@@ -194,7 +197,7 @@ class MemoryModel:
         # One token of each sequence: scores against the whole cache of a layer, in fp32, and their weights.
         heads = config.num_attention_heads
         decode = rows * heads * (rollout.prompt_tokens + rollout.max_tokens) * 3 * 4
-        everything = sum(self._gathered(g) for g in self.shards.groups)
+        everything = sum(self.gathered(g) for g in self.shards.groups)
         largest = max(self._buffer(g) for g in self.shards.groups)
         return self._moment(
             gathered=everything + largest,
@@ -251,7 +254,7 @@ class MemoryModel:
             return (layers + 1) * self._stream()
         return sum(memory.kept for memory in self.layers[: layers + 1])
 
-    def _gathered(self, group: Group | None) -> int:
+    def gathered(self, group: Group | None) -> int:
         """A group's whole weights, in the dtype of computation; the router's in its own."""
         if group is None or not self.shards.sharded:
             return 0
@@ -259,12 +262,12 @@ class MemoryModel:
 
     def _buffer(self, group: Group | None) -> int:
         """What a group's all-gather writes to, before the parameters are copied out."""
-        return self._gathered(group) if group is not None and group.ranks > 1 else 0
+        return self.gathered(group) if group is not None and group.ranks > 1 else 0
 
     def _left_gathered(self, layers: int) -> int:
         """Weights that wait for their backward: routers', and everybody's where layers are not given back."""
         waiting = [g for g in self.shards.groups if 0 <= g.layer < layers]
-        return sum(self._gathered(g) for g in waiting if g.kind == "router" or not self.work.reshard)
+        return sum(self.gathered(g) for g in waiting if g.kind == "router" or not self.work.reshard)
 
     def _reduce_size(self, group: Group) -> int:
         """Bytes of a gradient while it is reduced."""
@@ -279,7 +282,7 @@ class MemoryModel:
         size = self._reduce_size(group) if group.kind == "router" else self.work.batch.itemsize
         return group.whole_trained * size
 
-    def _reduce_buffer(self, group: Group | None) -> int:
+    def reduce_buffer(self, group: Group | None) -> int:
         """The input of a reduce-scatter, which stays until the next one."""
         if group is None or not self.shards.sharded:
             return 0
@@ -291,7 +294,7 @@ class MemoryModel:
             return 0
         if not self.shards.sharded:
             return group.trained_bytes
-        whole, out = self._reduce_buffer(group), group.trained * self._reduce_size(group)
+        whole, out = self.reduce_buffer(group), group.trained * self._reduce_size(group)
         divided = whole if group.ranks == 1 and group.kind == "experts" else 0
         return whole + max(self._unreduced(group), out + max(divided, group.trained_bytes))
 
@@ -299,7 +302,7 @@ class MemoryModel:
         """Whole gradients of earlier micro-batches, of the groups that backward has not reached."""
         if not self.work.accumulates or not self.shards.sharded:
             return 0
-        return sum(self._reduce_buffer(g) for g in self.shards.groups if g.layer < layers)
+        return sum(self.reduce_buffer(g) for g in self.shards.groups if g.layer < layers)
 
     def _reduced_after(self, layer: int) -> int:
         """Gradients of the groups that backward has finished before it comes to a layer."""

@@ -4,10 +4,11 @@ exist in name only. Nothing is allocated, so 142.8 B parameters take seconds.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -87,10 +88,27 @@ class Shards:
         """Of moments and masters; offloaded, everything that is trained has a master."""
         return 12 * self.trained_elements if offload else sum(g.optimizer_bytes for g in self.groups)
 
-    def of(self, kind: str, layer: int | None = None) -> Group | None:
-        """The group of that kind (and layer); of several the last."""
-        found = [g for g in self.groups if g.kind == kind and layer in (None, g.layer)]
-        return found[-1] if found else None
+    @cached_property
+    def _index(self) -> dict[tuple[str, int], Group]:
+        return {(g.kind, g.layer): g for g in self.groups}
+
+    def of(self, kind: str, layer: int = -1) -> Group | None:
+        """The group of that kind and layer; -1 where there are no layers."""
+        return self._index.get((kind, layer))
+
+
+def shards_of_few_layers(config: Dots1Config, *arguments: Any) -> Shards:
+    """`shards_of` from the first MoE layer and those before it; the others are like it. `parameters`, `active` and
+    `adapter` count the built layers only.
+    """
+    built = min(int(config.first_k_dense_replace) + 1, int(config.num_hidden_layers))
+    short = copy.deepcopy(config)
+    short.num_hidden_layers = built
+    short.layer_types = list(config.layer_types or ())[:built] or None
+    shards = shards_of(short, *arguments)
+    last = [g for g in shards.groups if g.layer == built - 1]
+    more = [replace(g, layer=layer) for layer in range(built, int(config.num_hidden_layers)) for g in last]
+    return replace(shards, groups=(*shards.groups, *more))
 
 
 @contextmanager

@@ -47,11 +47,11 @@ class TimeModel:
     # --------------------------------------------------------------------------------------------------- traffic
 
     def traffic(self) -> Traffic:
-        forwards = self.load.micro_batches * self.load.updates
+        rows = self._row_bytes()
         return Traffic(
-            exchange=self._row_bytes() * (self._crossings() * forwards + 2 * self._passes()),
+            exchange=rows * (self._crossings() * self.load.forwards + 2 * self.load.inferences),
             gather=sum(
-                self._gathers(g) * self.memory._gathered(g) * (g.ranks - 1) // g.ranks for g in self.shards.groups
+                self._gathers(g) * self.memory.gathered(g) * (g.ranks - 1) // g.ranks for g in self.shards.groups
             ),
             reduce=sum(self._reduced(g) for g in self.shards.groups) * self.load.updates,
         )
@@ -66,21 +66,15 @@ class TimeModel:
         """There and back, forward and backward; and forward once more where it is recomputed."""
         return 6 if self.load.work.checkpointing else 4
 
-    def _passes(self) -> int:
-        """Forwards without gradient."""
-        train = self.load.passes * self.load.micro_batches * self.load.updates
-        return train // max(self.load.updates, 1)
-
     def _gathers(self, group: Group) -> int:
         """How often a step gathers a group: forward and again in backward, unless it is kept."""
-        forwards = self.load.micro_batches * self.load.updates
         kept = group.kind in ("router", "head") or not self.load.work.reshard
         rollouts = 1 if self.load.work.rollout is not None else 0
-        return forwards * (1 if kept else 2) + self._passes() + rollouts
+        return self.load.forwards * (1 if kept else 2) + self.load.inferences + rollouts
 
     def _reduced(self, group: Group) -> int:
-        scattered = self.memory._reduce_buffer(group) * (group.ranks - 1) // group.ranks
-        own = self.memory._reduce_buffer(group) // group.ranks
+        scattered = self.memory.reduce_buffer(group) * (group.ranks - 1) // group.ranks
+        own = self.memory.reduce_buffer(group) // group.ranks
         return scattered + 2 * own * (group.replicas - 1) // group.replicas
 
     # ---------------------------------------------------------------------------------------------------- seconds
@@ -108,7 +102,7 @@ class TimeModel:
         """Backward costs two forwards, under adapters one: frozen weights get no gradient. Recomputing costs one."""
         batch, work = self.load.work.batch, self.load.work
         passes = (2 if self.shards.adapter else 3) + (1 if work.checkpointing else 0)
-        forwards = passes * self.load.micro_batches * self.load.updates + self._passes()
+        forwards = passes * self.load.forwards + self.load.inferences
         peak = gpu.bf16 if batch.itemsize == 2 else gpu.fp32
         return forwards * batch.tokens * self.token_flops() / (peak * ACHIEVED.products)
 
@@ -121,8 +115,8 @@ class TimeModel:
     def _weights(self, gpu: Gpu) -> float:
         total = 0.0
         for group in self.shards.groups:
-            gathered = self._gathers(group) * self.memory._gathered(group)
-            reduced = self.load.updates * self.memory._reduce_buffer(group)
+            gathered = self._gathers(group) * self.memory.gathered(group)
+            reduced = self.load.updates * self.memory.reduce_buffer(group)
             total += self._collective(gpu, group, gathered + reduced)
             own = 2 * reduced / group.ranks * (group.replicas - 1) / group.replicas
             total += own / (gpu.infiniband * ACHIEVED.infiniband)

@@ -46,14 +46,14 @@ class Launch:
 class Load:
     """A step's work on one process beside what it keeps in memory.
 
-    Forwards with backward `micro_batches` an optimizer update, `updates` a step; `passes` further forwards of the same
-    tokens without gradient. `step_tokens` of all processes: those that are trained on at most.
+    A step has `forwards` with backward, `inferences` (forwards without), `updates` of the optimizer and `waves` of
+    sampling. `step_tokens` are all processes' at most, `longest` the longest sequence.
     """
 
     work: Work
-    micro_batches: int
+    forwards: int
+    inferences: int
     updates: int
-    passes: int
     waves: int
     step_tokens: int
     longest: int
@@ -127,7 +127,7 @@ def _supervised(recipe: Any, config: Any, launch: Launch, _: int, sequences: int
     tokens = sequences * train.per_device_train_batch_size * train.max_length
     batches = train.gradient_accumulation_steps
     work = _work(recipe, _batch(recipe, config, tokens, tokens), batches > 1)
-    return Load(work, batches, 1, 0, 0, tokens * batches * launch.processes, train.max_length)
+    return Load(work, batches, 0, 1, 0, tokens * batches * launch.processes, train.max_length)
 
 
 def _pairs(recipe: Any, config: Any, launch: Launch, prompt_tokens: int) -> Load:
@@ -156,9 +156,9 @@ def _reinforced(recipe: Any, config: Any, launch: Launch, prompt_tokens: int) ->
         prefill=_batch(recipe, config, prompts, at_once),
     )
     updates = train.num_minibatches * train.num_epochs
-    passes = int(updates > 1) + int(recipe.algorithm.kl_coef > 0)
-    step_tokens = train.num_prompts_per_step * keys.group_size * longest * train.num_epochs
-    return Load(work, batches, updates, passes, -(-blocks // at_once), step_tokens, longest)
+    inferences = (int(updates > 1) + int(recipe.algorithm.kl_coef > 0)) * batches * train.num_minibatches
+    step_tokens = train.num_prompts_per_step * keys.group_size * longest
+    return Load(work, batches * updates, inferences, updates, -(-blocks // at_once), step_tokens, longest)
 
 
 _LOADS: dict[str, Callable[..., Load]] = {"sft": _supervised, "dpo": _pairs, "grpo": _reinforced}

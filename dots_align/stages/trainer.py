@@ -159,6 +159,8 @@ def published_by(trainer_class: Trainer, run: StageRun) -> Trainer:
                 load_optimizer(unwrapped(self.optimizer), self._trained(), Path(checkpoint))
                 state = json.loads((Path(checkpoint) / SCHEDULE).read_text(encoding="utf-8"))
                 self.lr_scheduler.load_state_dict(state)
+                for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                    group["lr"] = rate  # the schedule sets it after the next step only
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
             step = self.state.global_step

@@ -1,0 +1,149 @@
+"""The nearest layout that fits: the fewest and mildest changes of a recipe, by trying them in order."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import Dots1Config
+
+from dots_align.config import recipe_dict
+from dots_align.planner.hardware import Gpu
+from dots_align.planner.memory import MemoryModel
+from dots_align.planner.shards import Shards, shards_of_few_layers
+from dots_align.planner.work import Launch, load_of
+
+MOST_NODES = 16
+SHORTEST = 1024  # tokens: no sequence and no forward is cut below
+LORA = {
+    "lora.r": 16,
+    "lora.lora_alpha": 32,
+    "lora.target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """A change of some keys or of the number of nodes; `cost` says how much one would rather not."""
+
+    cost: float = 0.0
+    keys: dict[str, Any] = field(default_factory=dict)
+    nodes: int | None = None
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """`overrides` to paste, and the launch they are for."""
+
+    overrides: tuple[str, ...]
+    recipe: Any
+    launch: Launch
+
+
+class Search:
+    """Looks for layouts of one recipe.
+
+    Args:
+        config: of the model. prompt_tokens: the longest prompt of a rollout.
+    """
+
+    def __init__(self, recipe: Any, config: Dots1Config, launch: Launch, prompt_tokens: int) -> None:
+        self.recipe, self.config, self.launch, self.prompt_tokens = recipe, config, launch, prompt_tokens
+        self._shards: dict[str, Shards | None] = {}
+
+    def nearest(self, gpu: Gpu) -> Suggestion | None:
+        """The cheapest combination of changes that fits, or None if none does."""
+        combinations = itertools.product(*self._options())
+        for options in sorted(combinations, key=lambda chosen: sum(option.cost for option in chosen)):
+            nodes = next((option.nodes for option in options if option.nodes), self.launch.nodes)
+            keys = {key: value for option in options for key, value in option.keys.items()}
+            launch = Launch(nodes, self.launch.gpus_per_node)
+            recipe = changed(self.recipe, keys)
+            if self._fits(recipe, launch, gpu):
+                return Suggestion(tuple(f"{k}={json.dumps(v)}" for k, v in keys.items()), recipe, launch)
+        return None
+
+    def _fits(self, recipe: Any, launch: Launch, gpu: Gpu) -> bool:
+        shards = self._shards_of(recipe, launch)
+        if shards is None:
+            return False
+        memory = MemoryModel(self.config, shards, load_of(recipe, self.config, launch, self.prompt_tokens).work)
+        if sum(memory.always.values()) > gpu.usable:
+            return False
+        return max(sum(moment.values()) for moment in memory.phases().values()) <= gpu.usable
+
+    def _shards_of(self, recipe: Any, launch: Launch) -> Shards | None:
+        """None where the layout is impossible."""
+        arguments = (recipe.parallel, launch.processes, recipe.model.dtype, recipe.train.bf16, recipe.lora)
+        layout = (recipe.parallel.ep, recipe.parallel.dp_replicate, *arguments[1:])
+        key = repr(layout)
+        if key not in self._shards:
+            try:
+                self._shards[key] = shards_of_few_layers(self.config, *arguments)
+            except ValueError:
+                self._shards[key] = None
+        return self._shards[key]
+
+    def _options(self) -> list[list[Option]]:
+        """For each thing that can be changed, what it can become; the first of each is: as it is."""
+        recipe = self.recipe
+        switches = [
+            ("train.gradient_checkpointing", recipe.train.gradient_checkpointing, True, 1.0),
+            ("train.bf16", recipe.train.bf16, True, 1.0),
+            ("model.dtype", recipe.model.dtype, "bfloat16", 2.0),
+            ("parallel.offload_optimizer", recipe.parallel.offload_optimizer, True, 2.0),
+        ]
+        options = [
+            [Option(), Option(cost, {key: wanted})] for key, found, wanted, cost in switches if found != wanted
+        ]
+        options += [self._expert_parallel(), self._nodes(), *self._sizes()]
+        if recipe.lora is None:
+            options.append([Option(), Option(8.0, LORA)])
+        return options
+
+    def _expert_parallel(self) -> list[Option]:
+        gpus, experts = self.launch.gpus_per_node, int(self.config.n_routed_experts)
+        sizes = [n for n in range(gpus, 0, -1) if gpus % n == 0 and experts % n == 0 and n != self.recipe.parallel.ep]
+        return [Option(), *(Option(1.0, {"parallel.ep": n}) for n in sizes)]
+
+    def _nodes(self) -> list[Option]:
+        doubled = itertools.takewhile(lambda n: n <= MOST_NODES, (self.launch.nodes * 2**i for i in itertools.count(1)))
+        return [Option(), *(Option(3.0 + 2 * i, nodes=n) for i, n in enumerate(doubled))]
+
+    def _sizes(self) -> Iterator[list[Option]]:
+        """Smaller batches; of RL, smaller pieces of the same batch."""
+        train = self.recipe.train
+        if hasattr(train, "micro_batch_tokens"):
+            yield _halved("train.micro_batch_tokens", train.micro_batch_tokens, SHORTEST, 0.5)
+            rollout = self.recipe.rollout
+            yield _halved("rollout.max_num_sequences", rollout.max_num_sequences, rollout.group_size, 0.5)
+            return
+        if train.gradient_accumulation_steps > 1:
+            yield [Option(), Option(2.0, {"train.gradient_accumulation_steps": 1})]
+        yield _halved("train.per_device_train_batch_size", train.per_device_train_batch_size, 1, 1.5)
+        yield _halved("train.max_length", train.max_length, SHORTEST, 2.5)
+
+
+def _halved(key: str, value: int, least: int, cost: float) -> list[Option]:
+    found = [Option()]
+    while value // 2 >= least:
+        value //= 2
+        found.append(Option(found[-1].cost + cost, {key: value}))
+    return found
+
+
+def changed(recipe: Any, keys: dict[str, Any]) -> Any:
+    """The recipe with dotted keys set, validated again."""
+    values = recipe_dict(recipe)
+    for key, value in keys.items():
+        *sections, name = key.split(".")
+        here = values
+        for section in sections:
+            if here.get(section) is None:
+                here[section] = {}
+            here = here[section]
+        here[name] = value
+    return type(recipe).model_validate(values)

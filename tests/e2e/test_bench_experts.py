@@ -1,0 +1,28 @@
+"""scripts/bench_experts.py runs and reports what it says it reports."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def test_quick_bench_reports_its_keys(repo_root: Path) -> None:
+    command = [sys.executable, str(repo_root / "scripts" / "bench_experts.py"), "--quick"]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    name, _, text = done.stdout.splitlines()[-1].partition(" ")
+    found = json.loads(text)
+    assert name == "RESULT"
+    assert found["quick"] is True
+    for key, sizes in (
+        ("ratio_vs_best", {"64", "256"}),
+        ("ratio_vs_best_skewed", {"256"}),
+        ("ratio_vs_best_autocast", {"64", "256"}),
+        ("ratio_vs_best_tiny", {"512", "1024"}),
+    ):
+        assert set(found[key]) == sizes
+        assert all(ratio > 0 for ratio in found[key].values())
+    assert found["ratio_vs_eager_2048"] is None  # 2048 tokens are not among those of a quick run
+    assert (found["tflops"] is None) == (found["share_of_peak"] is None) == (not torch.cuda.is_available())
