@@ -95,15 +95,25 @@ class MemoryModel:
     # ---------------------------------------------------------------------------------------------------- phases
 
     def _forward(self) -> Bytes:
-        """At the logits. Their entropy takes a second chunk."""
-        group = self._group("head")
-        gathered = self.gathered(group) + self._buffer(group) + self._left_gathered(len(self.layers))
-        return self._moment(
-            gathered=gathered,
-            unreduced=self._accumulated(len(self.layers)),
-            activations=self._kept(len(self.layers)) + self.head,
-            logits=2 * logits_chunk(self.config, self.work.batch),
-        )
+        """In the last layer's experts, or at the logits, whose entropy takes a second chunk."""
+        last, group = len(self.layers) - 1, self._group("head")
+        accumulated = self._accumulated(last + 1)
+        waiting = self._left_gathered(last + 1)
+        running = sum(map(self.gathered, (self._group("layer", last), self._experts(last))))
+        moments = [
+            self._moment(
+                gathered=running + self._buffer(self._experts(last)) + waiting,
+                unreduced=accumulated,
+                activations=self._kept(last) + self.layers[last].in_forward,
+            ),
+            self._moment(
+                gathered=self.gathered(group) + self._buffer(group) + waiting,
+                unreduced=accumulated,
+                activations=self._kept(last) + self.head,
+                logits=2 * logits_chunk(self.config, self.work.batch),
+            ),
+        ]
+        return max(moments, key=lambda moment: sum(moment.values()))
 
     def _backward(self) -> Bytes:
         moments = [self._head_backward(), self._embedding_backward()]
@@ -122,7 +132,7 @@ class MemoryModel:
         return self._moment(
             gathered=self.gathered(group) + self._left_gathered(len(self.layers)),
             unreduced=self._accumulated(len(self.layers)) + max(in_fp32, reducing),
-            activations=self._kept(len(self.layers)) + self.head + batch.scored * self.config.hidden_size * size,
+            activations=self._kept(len(self.layers) - 1) + self.head + batch.scored * self.config.hidden_size * size,
             logits=max(summing, reducing) - max(in_fp32, reducing),
         )
 

@@ -31,7 +31,7 @@ def test_sft_leaves_whole_evaluated_linked_checkpoints(start: Path):
         assert manifest["recipe"]["train"]["max_steps"] == 3
         assert len(manifest["data_hash"]) == 64
         files = {str(p.relative_to(checkpoint)) for p in checkpoint.rglob("*") if p.is_file()}
-    assert files - set(manifest["files"]) == {"manifest.json", "eval.json"}
+        assert files - set(manifest["files"]) == {"manifest.json", "eval.json"}
         evaluation = json.loads((checkpoint / "eval.json").read_text())
         assert set(evaluation["metrics"]) == {"exact_match", "stop_rate", "mean_length"}
     losses = [line["sft/loss"] for line in metrics(run_dir) if "sft/loss" in line]
