@@ -98,6 +98,10 @@ def _stage(options: argparse.Namespace) -> None:
         from dots_align.checkpoint import check_parallel
 
         check_parallel(recipe)
+        if recipe.parallel.backend == "deepspeed":
+            from dots_align.stages.zero import check_deepspeed
+
+            check_deepspeed(recipe, world_size())
     if world_size() > 1 and recipe.stage != "pipeline":
         start_processes(recipe.parallel.timeout_minutes)
     importlib.import_module(f"dots_align.stages.{recipe.stage}").run(recipe)

@@ -408,12 +408,16 @@ def trainable_summary(model: nn.Module) -> str:
     """`trains 12,345 of 3,000,000 parameters (0.4 %): q_proj 4,096, mlp.experts.down_proj 8,249`; sharded parameters
     count with all their shards.
     """
-    total = sum(p.numel() for p in model.parameters())
+
+    def size(parameter: nn.Parameter) -> int:
+        return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor in the model
+
+    total = sum(map(size, model.parameters()))
     groups: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             group = _trained_part(name)
-            groups[group] = groups.get(group, 0) + parameter.numel()
+            groups[group] = groups.get(group, 0) + size(parameter)
     count = sum(groups.values())
     parts = [group if group == "all" else f"{group} {size:,}" for group, size in groups.items()]
     return f"trains {count:,} of {total:,} parameters ({100 * count / total:.1f} %): {', '.join(parts)}"

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ def hub_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
-class _HubFiles:
+class HubFiles:
     """Slices of tensors in the safetensors files of a directory, opened when first needed."""
 
     def __init__(self, directory: Path) -> None:
@@ -70,7 +72,7 @@ def load_weights(model: nn.Module, directory: Path) -> None:
     Raises:
         ValueError: a tensor is missing or has another shape than the model's configuration says.
     """
-    files = _HubFiles(directory)
+    files = HubFiles(directory)
     for name, tensor in hub_tensors(model).items():
         shape, offset, target = tuple(tensor.shape), (0,) * tensor.dim(), tensor
         if isinstance(tensor, DTensor):
@@ -79,14 +81,19 @@ def load_weights(model: nn.Module, directory: Path) -> None:
         if target.numel() == 0:
             continue
         part = tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
-        if experts := _EXPERTS.fullmatch(name):
-            _load_experts(files, experts[1], experts[2], tensor.shape, part, target)
-        else:
-            target.copy_(files.read(name, tuple(tensor.shape), part))
+        fill(files, name, tensor.shape, part, target)
+
+
+def fill(files: HubFiles, name: str, shape: torch.Size, part: tuple[slice, ...], target: torch.Tensor) -> None:
+    """Reads `part` of the model's tensor `name`, which as a whole has `shape`, into `target`."""
+    if experts := _EXPERTS.fullmatch(name):
+        _load_experts(files, experts[1], experts[2], shape, part, target)
+    else:
+        target.copy_(files.read(name, tuple(shape), part))
 
 
 def _load_experts(
-    files: _HubFiles, prefix: str, name: str, shape: torch.Size, part: tuple[slice, ...], target: torch.Tensor
+    files: HubFiles, prefix: str, name: str, shape: torch.Size, part: tuple[slice, ...], target: torch.Tensor
 ) -> None:
     """One fused tensor's local part [experts, rows, columns] from the hub's tensors of single experts."""
     _, rows, columns = part
@@ -138,37 +145,54 @@ def place_part(parameter: torch.Tensor, whole: torch.Tensor) -> None:
             parameter.copy_(whole)
 
 
+@dataclass(frozen=True)
+class Source:
+    """A tensor to save, in the model's fused layout: its size in the file, and how to get the whole of it on the host
+    (collective).
+    """
+
+    nbytes: int
+    gather: Callable[[], torch.Tensor]
+
+
 @torch.no_grad()
 def save_weights(
     model: nn.Module, directory: Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 << 30
 ) -> None:
     """Writes the hub's layout, gathering one tensor at a time; collective.
 
-    Files are written by the ranks in turn, so that at most one file's tensors are in one rank's host memory.
-
     Args:
         dtype: stored dtype, each tensor's own if None; correction biases stay fp32.
     """
+    sources = {}
+    for name, tensor in hub_tensors(model).items():
+        stored = torch.float32 if name.endswith(CORRECTION_BIAS) else dtype or tensor.dtype
+        sources[name] = Source(tensor.numel() * stored.itemsize, partial(full_tensor, tensor, stored))
+    write_files(sources, directory, max_shard_bytes)
+
+
+@torch.no_grad()
+def write_files(sources: dict[str, Source], directory: Path, max_shard_bytes: int = 5 << 30) -> None:
+    """Writes `model*.safetensors` in the hub's layout from tensors in the model's; collective.
+
+    Files are written by the ranks in turn, so that at most one file's tensors are in one rank's host memory.
+    """
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    tensors = hub_tensors(model)
-    stored = {n: torch.float32 if n.endswith(CORRECTION_BIAS) else dtype or t.dtype for n, t in tensors.items()}
     shards: list[list[str]] = [[]]
     room = max_shard_bytes
-    for name, tensor in tensors.items():
-        size = tensor.numel() * stored[name].itemsize
-        if shards[-1] and size > room:
+    for name, source in sources.items():
+        if shards[-1] and source.nbytes > room:
             shards.append([])
             room = max_shard_bytes
         shards[-1].append(name)
-        room -= size
+        room -= source.nbytes
     weight_map: dict[str, str] = {}
     total = 0
     for number, names in enumerate(shards):
         file = WEIGHTS if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         mine: dict[str, torch.Tensor] = {}
         for name in names:
-            whole = full_tensor(tensors[name], stored[name])
-            for hub_name, tensor in _as_hub(name, whole):
+            for hub_name, tensor in _as_hub(name, sources[name].gather()):
                 weight_map[hub_name] = file
                 total += tensor.nbytes
                 if rank == number % world:

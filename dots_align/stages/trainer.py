@@ -41,6 +41,7 @@ from dots_align.runtime import (
     world_size,
     write_json,
 )
+from dots_align.stages import zero
 from dots_align.stages.routing import router_metrics, watch_router
 
 Trainer = TypeVar("Trainer", bound=type)
@@ -79,6 +80,7 @@ def trainer_arguments(recipe: Any, run_dir: Path, has_cuda: bool) -> dict[str, A
         "use_cpu": not has_cuda,
         "dataloader_pin_memory": has_cuda,
         "disable_tqdm": True,  # the callback below has a bar of its own
+        **(zero.training_arguments(recipe) if recipe.parallel.backend == "deepspeed" else {}),
     }
 
 
@@ -87,7 +89,10 @@ def prepare_model(recipe: Any, run_dir: Path) -> tuple[Any, PreTrainedTokenizerB
     `lora:`.
     """
     start = ensure_start(recipe, run_dir)
-    model, tokenizer = load_trainable(start, recipe.parallel, recipe.train.bf16, recipe.lora, recipe.seed)
+    if recipe.parallel.backend == "deepspeed":
+        model, tokenizer = zero.load_trainable(start, recipe)
+    else:
+        model, tokenizer = load_trainable(start, recipe.parallel, recipe.train.bf16, recipe.lora, recipe.seed)
     logger.info("%s: %s", recipe.stage, trainable_summary(model))
     return model, tokenizer
 
@@ -224,17 +229,23 @@ def train_and_publish(
     Returns:
         the run's last checkpoint.
     """
+    deepspeed = recipe.parallel.backend == "deepspeed"
     publisher = Publisher(run_dir, recipe, data_hash, resolve_hooks(recipe))
     resume = on_main(lambda: newest_whole(run_dir))
     log = MetricsLog(run_dir, step_of(resume) if resume else 0, recipe.logging.report_to)
     if resume is not None:
+        if deepspeed:
+            zero.check_resume(resume, world_size())
         publisher.finish_hooks(resume, log)
         if _is_last_step(resume):
             logger.info("%s: %s is the last step, nothing is left to do", recipe.stage, resume)
             return resume
         logger.info("resuming from %s", resume)
     run = StageRun(recipe, publisher, log, *watch_router(model, recipe.router))
-    trainer = published_by(trainer_class, run)(model=model, callbacks=[StageCallback(run)], **arguments)
+    publishing = published_by(trainer_class, run)
+    if deepspeed:
+        publishing = zero.on_deepspeed(publishing)
+    trainer = publishing(model=model, callbacks=[StageCallback(run)], **arguments)
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.state.global_step not in map(step_of, checkpoints(run_dir)):

@@ -15,7 +15,7 @@ from dots_align.config import RECIPES, load_recipe, recipe_dict, recipe_differen
 
 ROOT = Path(__file__).resolve().parents[2]
 # Folders under recipes/ whose files belong to other programs.
-FOREIGN = {"accelerate", "deepspeed", "verl"}
+FOREIGN = {"accelerate", "verl"}
 SHIPPED = [p for p in sorted((ROOT / "recipes").rglob("*.yaml")) if not FOREIGN & set(p.parts)]
 
 GRPO = """\
