@@ -72,6 +72,13 @@ def _parser() -> argparse.ArgumentParser:
         stage = command(name, summary, _eval if name == "eval" else _stage)
         stage.add_argument("recipe", type=Path, help="YAML file; the ones that come with the project are in recipes/")
         stage.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.learning_rate=1e-5")
+    plan = command("plan", "will a recipe fit, how fast will it be, and what to change", _plan)
+    plan.add_argument("recipe", type=Path, help="YAML file of sft, dpo or grpo; needs no checkpoint and no GPU")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="for example parallel.ep=4")
+    plan.add_argument("--nodes", type=int, help="default: what the recipe's name ends in (_4x8: 4 nodes of 8), else 1")
+    plan.add_argument("--gpus-per-node", type=int, help="default: likewise, else 8")
+    plan.add_argument("--prompt-tokens", type=int, help="the longest prompt of a rollout; default: 512")
+    plan.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
     export = command("export", "write a deployable chat checkpoint, verified by loading it", _export)
     export.add_argument("checkpoint", type=Path)
     export.add_argument("--to", choices=["hf"], default="hf", help="hf: a directory for transformers and what reads it")
@@ -125,6 +132,13 @@ def _eval(options: argparse.Namespace) -> None:
     if is_main_process():
         print(output)
     stop_processes()
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from dots_align.planner.command import run
+
+    launch = options.nodes, options.gpus_per_node
+    print(run(options.recipe, options.overrides, *launch, options.prompt_tokens, options.json))
 
 
 def _export(options: argparse.Namespace) -> None:

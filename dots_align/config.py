@@ -228,8 +228,8 @@ class _StageRecipe(_Recipe):
             raise ValueError("model.path and model.preset exclude each other; set one of them to null")
         if getattr(self, "lora", None) is not None and self.router.bias_policy == "update":
             raise ValueError(
-                "router.bias_policy=update moves a bias of the base model, which an adapter's checkpoint does not hold; "
-                "use frozen or track with lora"
+                "router.bias_policy=update moves a bias of the base model, which an adapter's checkpoint does not "
+                "hold; use frozen or track with lora"
             )
         return self
 

@@ -188,12 +188,15 @@ def tflops_at_report_shapes(device: torch.device, repeats: int) -> tuple[dict[st
     return achieved, {shape: round(value / peak, 3) for shape, value in achieved.items()}
 
 
-def print_table(results: dict[Case, dict[str, float | None]]) -> None:
-    names = (OURS, *OTHERS)
-    print(f"{'case':<8}{'mode':<10}{'tokens':>7}" + "".join(f"{name:>20}" for name in names) + f"{'vs best':>9}")
-    for case, measured in results.items():
-        cells = [f"{value:17.2f} ms" if (value := measured[name]) is not None else f"{'too big':>20}" for name in names]
-        print(f"{case.name:<8}{case.mode:<10}{case.tokens:>7}" + "".join(cells) + f"{ratio(measured):8.2f}x")
+def print_header() -> None:
+    print(
+        f"{'case':<8}{'mode':<10}{'tokens':>7}" + "".join(f"{name:>20}" for name in (OURS, *OTHERS)) + f"{'vs best':>9}"
+    )
+
+
+def print_row(case: Case, measured: dict[str, float | None]) -> None:
+    cells = [f"{'too big':>20}" if value is None else f"{value:17.2f} ms" for value in measured.values()]
+    print(f"{case.name:<8}{case.mode:<10}{case.tokens:>7}{''.join(cells)}{ratio(measured):8.2f}x", flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -221,8 +224,11 @@ def main() -> None:
     device = torch.device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
-    results = {case: measure(case, device, options.repeats, options.max_gib) for case in build_cases(options)}
-    print_table(results)
+    results = {}
+    print_header()
+    for case in build_cases(options):
+        results[case] = measure(case, device, options.repeats, options.max_gib)
+        print_row(case, results[case])
     plain = ("float32", "bfloat16")
     at_2048 = [
         ratio(measured, ("eager",))

@@ -156,6 +156,7 @@ def meta_model(directory: Path, dtype: str, attn_implementation: str, experts_im
         model = Dots1ForCausalLM(config)
     keep_router_in_fp32(model)
     model.to(getattr(torch, dtype))  # pyright: ignore[reportArgumentType]
+    model.config.dtype = getattr(torch, dtype)  # what a checkpoint of it will say it is stored in
     if (directory / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory, local_files_only=True)
     return model

@@ -8,7 +8,7 @@ also in the rollout, when all weights are gathered beside the cache. Each phase 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,9 +47,9 @@ class RolloutBatch:
 class Work:
     """What memory depends on beside the shards.
 
-    `accumulates`: several forwards before gradients are reduced. `prefill` is the micro-batch of the prompts of a
-    rollout. `copies`: models of this size, 2 with a reference of its own. `on_cpu`: CPUs have no product of bf16 that
-    sums in fp32, and copy.
+    `accumulates`: several forwards before gradients are reduced. `mixed`: gathered in bf16, reduced in fp32.
+    `copies`: models of this size, 2 with a reference of its own. `evaluation`: what the `evaluate` hook samples, from a
+    further copy. `on_cpu`: CPUs have no product of bf16 that sums in fp32, and copy.
     """
 
     batch: MicroBatch
@@ -60,7 +60,7 @@ class Work:
     mixed: bool
     copies: int = 1
     rollout: RolloutBatch | None = None
-    prefill: MicroBatch | None = None
+    evaluation: RolloutBatch | None = None
     on_cpu: bool = False
 
 
@@ -85,7 +85,10 @@ class MemoryModel:
         """The worst moment of each phase."""
         found = {"forward": self._forward(), "backward": self._backward(), "optimizer": self._optimizer()}
         if self.work.rollout is not None:
-            found = {"rollout": self._rollout(), **found}
+            found = {"rollout": self._sampling(self.work.rollout), **found}
+        if self.work.evaluation is not None:
+            evaluation = self._sampling(self.work.evaluation)
+            found["evaluate"] = {**evaluation, "parameters": evaluation["parameters"] + self.shards.bytes}
         return {name: {c: moment.get(c, 0) for c in CATEGORIES} for name, moment in found.items()}
 
     def host_bytes(self) -> int:
@@ -97,7 +100,7 @@ class MemoryModel:
     def _forward(self) -> Bytes:
         """In the last layer's experts, or at the logits, whose entropy takes a second chunk."""
         last, group = len(self.layers) - 1, self._group("head")
-        accumulated = self._accumulated(last + 1)
+        accumulated = self._accumulated(last + 1) + (self.reduce_buffer(group) if self.work.accumulates else 0)
         waiting = self._left_gathered(last + 1)
         running = sum(map(self.gathered, (self._group("layer", last), self._experts(last))))
         moments = [
@@ -140,7 +143,6 @@ class MemoryModel:
         """While its experts' gradients are computed; while they are reduced; while those of the rest are."""
         memory, group, experts = self.layers[layer], self._group("layer", layer), self._experts(layer)
         done = self._reduced_after(layer)
-        accumulated = self._accumulated(layer)
         held = self.reduce_buffer(self._group("layer", layer + 1)) if layer + 1 < len(self.layers) else 0
         gathered = self.gathered(group) + self._left_gathered(layer)
         kept = self._kept(layer) + (memory.kept if self.work.checkpointing else 0)
@@ -149,20 +151,20 @@ class MemoryModel:
         computing = self._moment(
             gathered=gathered + own_experts,
             gradients=done,
-            unreduced=accumulated + held + self._unreduced(experts) // 3,
+            unreduced=self._accumulated(layer + 1) + held + self._unreduced(experts) // 3,
             activations=kept + memory.in_backward,
         )
         next_layer = self._buffer(self._group("layer", layer - 1)) if layer else 0
         reducing_experts = self._moment(
             gathered=gathered + (self._buffer(experts) if self.work.checkpointing else 0),
             gradients=done,
-            unreduced=accumulated + self._reduction(experts),
+            unreduced=self._accumulated(layer, "layer", "router") + self._reduction(experts),
             activations=kept - memory.late + 2 * stream,
         )
         reducing_rest = self._moment(
             gathered=gathered + next_layer,
             gradients=done + (experts.trained_bytes if experts else 0),
-            unreduced=accumulated + self._reduction(group),
+            unreduced=self._accumulated(layer) + self._reduction(group),
             activations=kept - memory.kept + 2 * stream,
         )
         return [computing, reducing_experts, reducing_rest]
@@ -181,10 +183,9 @@ class MemoryModel:
         moving = max(casts, default=0) if self.work.offload else sum(casts)
         return self._moment(gradients=self.shards.gradient_bytes, unreduced=moving)
 
-    def _rollout(self) -> Bytes:
-        rollout, prefill, size = self.work.rollout, self.work.prefill, self.work.batch.itemsize
-        assert rollout is not None
-        assert prefill is not None
+    def _sampling(self, rollout: RolloutBatch) -> Bytes:
+        """All weights are gathered for as long as it takes, beside the cache."""
+        prompts, size = self._prompts(rollout), self.work.batch.itemsize
         config, rows = self.config, rollout.groups * rollout.group_size
         cache = GroupedKVCache(
             config.num_hidden_layers,
@@ -199,10 +200,9 @@ class MemoryModel:
         )
         # Sampling: logits in the dtype of computation and fp32, then log-probabilities, scaled, their sum and so on.
         logits = rows * config.vocab_size * (size + 5 * 4)
-        layer = self._layer(moe_layer, prefill)
-        prompts = layer.in_forward + prefill.itemsize * (
-            prefill.received * (config.hidden_size + 3 * config.moe_intermediate_size)
-            + prefill.attended * 4 * config.num_attention_heads * config.head_dim
+        prefill = self._layer(moe_layer, prompts).in_forward + size * (
+            prompts.received * (config.hidden_size + 3 * config.moe_intermediate_size)
+            + prompts.attended * 4 * config.num_attention_heads * config.head_dim
         )
         # One token of each sequence: scores against the whole cache of a layer, in fp32, and their weights.
         heads = config.num_attention_heads
@@ -211,7 +211,7 @@ class MemoryModel:
         largest = max(self._buffer(g) for g in self.shards.groups)
         return self._moment(
             gathered=everything + largest,
-            activations=max(prompts, decode),
+            activations=max(prefill, decode),
             logits=logits,
             cache=cache.num_bytes,
         )
@@ -254,6 +254,12 @@ class MemoryModel:
     def _experts(self, layer: int) -> Group | None:
         return self.shards.of("experts", layer)
 
+    def _prompts(self, rollout: RolloutBatch) -> MicroBatch:
+        """All prompts of a rollout in one forward, routed like a training batch."""
+        batch, tokens = self.work.batch, rollout.groups * rollout.prompt_tokens
+        attended, sent, received = (n * tokens // batch.tokens for n in (batch.attended, batch.sent, batch.received))
+        return replace(batch, tokens=tokens, scored=rollout.groups, attended=attended, sent=sent, received=received)
+
     def _stream(self) -> int:
         """Hidden states between layers, which checkpointing keeps of each."""
         return self.work.batch.tokens * self.config.hidden_size * self.work.batch.itemsize
@@ -286,11 +292,11 @@ class MemoryModel:
         return group.trained_bytes // max(group.trained, 1)
 
     def _unreduced(self, group: Group | None) -> int:
-        """A group's whole gradients as backward leaves them."""
+        """A group's whole gradients as backward leaves them, or as they were added up."""
         if group is None or not self.shards.sharded:
             return 0
-        size = self._reduce_size(group) if group.kind == "router" else self.work.batch.itemsize
-        return group.whole_trained * size
+        summed = self.work.accumulates or group.kind == "router"
+        return group.whole_trained * (self._reduce_size(group) if summed else self.work.batch.itemsize)
 
     def reduce_buffer(self, group: Group | None) -> int:
         """The input of a reduce-scatter, which stays until the next one."""
@@ -308,11 +314,14 @@ class MemoryModel:
         divided = whole if group.ranks == 1 and group.kind == "experts" else 0
         return whole + max(self._unreduced(group), out + max(divided, group.trained_bytes))
 
-    def _accumulated(self, layers: int) -> int:
-        """Whole gradients of earlier micro-batches, of the groups that backward has not reached."""
+    def _accumulated(self, layers: int, *kinds: str) -> int:
+        """Whole gradients of earlier micro-batches, of the groups that backward has not come to: the embedding, the
+        first `layers` layers, and of the next one these kinds.
+        """
         if not self.work.accumulates or not self.shards.sharded:
             return 0
-        return sum(self.reduce_buffer(g) for g in self.shards.groups if g.layer < layers)
+        waiting = [g for g in self.shards.groups if g.layer < layers or (g.layer == layers and g.kind in kinds)]
+        return sum(self.reduce_buffer(g) for g in waiting if g.kind != "head")
 
     def _reduced_after(self, layer: int) -> int:
         """Gradients of the groups that backward has finished before it comes to a layer."""

@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers import Dots1Config
-
 from dots_align.config import recipe_dict
 from dots_align.planner.hardware import Gpu
 from dots_align.planner.memory import MemoryModel
@@ -50,7 +48,7 @@ class Search:
         config: of the model. prompt_tokens: the longest prompt of a rollout.
     """
 
-    def __init__(self, recipe: Any, config: Dots1Config, launch: Launch, prompt_tokens: int) -> None:
+    def __init__(self, recipe: Any, config: Any, launch: Launch, prompt_tokens: int) -> None:
         self.recipe, self.config, self.launch, self.prompt_tokens = recipe, config, launch, prompt_tokens
         self._shards: dict[str, Shards | None] = {}
 
@@ -96,16 +94,14 @@ class Search:
             ("model.dtype", recipe.model.dtype, "bfloat16", 2.0),
             ("parallel.offload_optimizer", recipe.parallel.offload_optimizer, True, 2.0),
         ]
-        options = [
-            [Option(), Option(cost, {key: wanted})] for key, found, wanted, cost in switches if found != wanted
-        ]
+        options = [[Option(), Option(cost, {key: wanted})] for key, found, wanted, cost in switches if found != wanted]
         options += [self._expert_parallel(), self._nodes(), *self._sizes()]
         if recipe.lora is None:
             options.append([Option(), Option(8.0, LORA)])
         return options
 
     def _expert_parallel(self) -> list[Option]:
-        gpus, experts = self.launch.gpus_per_node, int(self.config.n_routed_experts)
+        gpus, experts = self.launch.gpus_per_node, self.config.n_routed_experts
         sizes = [n for n in range(gpus, 0, -1) if gpus % n == 0 and experts % n == 0 and n != self.recipe.parallel.ep]
         return [Option(), *(Option(1.0, {"parallel.ep": n}) for n in sizes)]
 

@@ -101,13 +101,13 @@ def shards_of_few_layers(config: Dots1Config, *arguments: Any) -> Shards:
     """`shards_of` from the first MoE layer and those before it; the others are like it. `parameters`, `active` and
     `adapter` count the built layers only.
     """
-    built = min(int(config.first_k_dense_replace) + 1, int(config.num_hidden_layers))
+    depth, dense = _number(config.num_hidden_layers), _number(config.first_k_dense_replace)
+    built = min(dense + 1, depth)
     short = copy.deepcopy(config)
-    short.num_hidden_layers = built
-    short.layer_types = list(config.layer_types or ())[:built] or None
+    short.num_hidden_layers, short.layer_types = built, list(config.layer_types or ())[:built]
     shards = shards_of(short, *arguments)
     last = [g for g in shards.groups if g.layer == built - 1]
-    more = [replace(g, layer=layer) for layer in range(built, int(config.num_hidden_layers)) for g in last]
+    more = [replace(g, layer=layer) for layer in range(built, depth) for g in last]
     return replace(shards, groups=(*shards.groups, *more))
 
 
@@ -133,7 +133,7 @@ def shards_of(
     Raises:
         ValueError: the layout is impossible, or `lora` names what is not there.
     """
-    check_layout(parallel, world_size, int(config.n_routed_experts))
+    check_layout(parallel, world_size, _number(config.n_routed_experts))
     model: Any = _empty_model(config, dtype)
     parameters, active = count_parameters(model)
     if lora is not None:
@@ -146,6 +146,12 @@ def shards_of(
         groups = _groups(model)
         trained = frozenset(_role(name) for name, p in model.named_parameters() if p.requires_grad)
     return Shards(groups, parameters, active, adapter, trained, sharded)
+
+
+def _number(value: int | None) -> int:
+    """A field of a configuration, which transformers declares optional."""
+    assert value is not None
+    return value
 
 
 def _empty_model(config: Dots1Config, dtype: str) -> Dots1ForCausalLM:

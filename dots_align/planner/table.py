@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 from dots_align.planner.hardware import ACHIEVED, CONTEXT_BYTES, FRAGMENTED, GIB, GPUS, Gpu
@@ -9,6 +10,17 @@ from dots_align.planner.memory import CATEGORIES
 from dots_align.planner.plan import Plan
 from dots_align.planner.search import Suggestion
 from dots_align.planner.work import BUSIEST, PADDING, Launch
+
+MEANING = {
+    "parameters": "this GPU's part of the weights; more GPUs share them, bfloat16 halves them",
+    "gradients": "of this GPU's part of the weights; more GPUs share them",
+    "optimizer": "moments and fp32 masters; parallel.offload_optimizer moves them to the host, LoRA has few",
+    "gathered weights": "whole layers for computing, in a rollout all of them; a larger parallel.ep makes them smaller",
+    "unreduced gradients": "whole layers', before GPUs add them up; over several forwards a step, those of all layers",
+    "activations": "kept from forward to backward; fewer tokens a forward, or train.gradient_checkpointing",
+    "logits": "a chunk of the vocabulary's",
+    "KV cache": "of all sequences at once; lower rollout.max_num_sequences or max_tokens",
+}
 
 
 def as_text(name: str, source: str, plan: Plan, nearest: dict[str, tuple[Suggestion, Plan] | None]) -> str:
@@ -46,7 +58,7 @@ def _heading(name: str, source: str, plan: Plan) -> str:
         [
             f"{name}: {plan.recipe.stage} on {_launch(plan.launch)}, ep {parallel.ep}{replicas}",
             f"model   {source}",
-            f"        {shards.parameters / 1e9:,.1f} B parameters, {shards.active / 1e9:,.1f} B active for a token; {trained}",
+            f"        {shards.parameters / 1e9:,.1f} B parameters, {shards.active / 1e9:,.1f} B active a token; {trained}",
             f"step    {plan.load.step_tokens:,} tokens at most; {plan.load.forwards} forward(s) of up to "
             f"{batch.tokens:,} tokens on each GPU",
         ]
@@ -61,7 +73,7 @@ def _memory(plan: Plan) -> str:
         lines.append(f"  {category:22}" + "".join(f"{_gib(plan.phases[n][category]):>12}" for n in names))
     totals = "".join(f"{_gib(sum(plan.phases[n].values())):>12}" for n in names)
     lines.append(f"{'total':24}{totals}")
-    lines.append(f"peak: {plan.worst_phase}, {_gib(plan.peak)} GiB, most of it {plan.largest}")
+    lines.append(f"peak: {plan.worst_phase}, {_gib(plan.peak)} GiB, most of it {plan.largest}: {MEANING[plan.largest]}")
     return "\n".join(lines)
 
 
@@ -109,22 +121,27 @@ def _time(plan: Plan) -> str:
 
 
 def _assumptions(plan: Plan) -> str:
-    gpu = GPUS[0]
-    lines = [
-        "assumed: "
-        f"{gpu.bf16 / 1e12:.0f} TFLOP/s bf16 x {ACHIEVED.products:.2f}; HBM {' | '.join(f'{g.hbm / 1e12:.2f}' for g in GPUS)} "
-        f"TB/s x {ACHIEVED.hbm:.2f}; NVLink {gpu.nvlink / 1e9:.0f} GB/s x {ACHIEVED.nvlink:.2f}; InfiniBand "
-        f"{gpu.infiniband / 1e9:.0f} GB/s a GPU x {ACHIEVED.infiniband:.2f};",
-        f"         usable = memory - {CONTEXT_BYTES // GIB} GiB for CUDA and NCCL - {FRAGMENTED:.0%} for fragments; "
-        f"{PADDING} x tokens in packed attention;",
-        f"         {BUSIEST} x tokens x k / processes rows at the busiest experts",
+    gpu, load = GPUS[0], plan.load
+    hbm = " | ".join(f"{g.hbm / 1e12:.2f}" for g in GPUS)
+    found = [
+        f"{gpu.bf16 / 1e12:.0f} TFLOP/s in bf16 x {ACHIEVED.products:.2f}",
+        f"HBM {hbm} TB/s x {ACHIEVED.hbm:.2f}",
+        f"NVLink {gpu.nvlink / 1e9:.0f} GB/s x {ACHIEVED.nvlink:.2f}",
+        f"InfiniBand {gpu.infiniband / 1e9:.0f} GB/s a GPU x {ACHIEVED.infiniband:.2f}",
+        f"usable memory: all but {CONTEXT_BYTES // GIB} GiB for CUDA and NCCL and {FRAGMENTED:.0%} for fragments",
+        f"packed attention pads to {PADDING} x tokens",
     ]
-    if plan.load.work.offload:
-        lines[-1] += f"; {ACHIEVED.host_copy / 1e9:.0f} GB/s to host memory, AdamW there at "
-        lines[-1] += f"{ACHIEVED.host_memory / 1e9:.0f} GB/s a node"
-    if (rollout := plan.load.work.rollout) is not None:
-        lines[-1] += f"; prompts of up to {rollout.prompt_tokens} tokens (--prompt-tokens)"
-    return "\n".join(lines)
+    if load.work.batch.exchanged:
+        found.append(f"the busiest GPU's experts get {BUSIEST} x the mean of rows")
+    if load.work.offload:
+        found.append(f"{ACHIEVED.host_copy / 1e9:.0f} GB/s a GPU to and from the host")
+        found.append(f"AdamW there reads and writes {ACHIEVED.host_memory / 1e9:.0f} GB/s a node")
+    if load.work.rollout is not None or load.work.evaluation is not None:
+        sampled = load.work.rollout or load.work.evaluation
+        found.append(f"prompts of up to {sampled.prompt_tokens} tokens (--prompt-tokens)")
+    if load.work.rollout is not None:
+        found.append(f"a decoding step costs {1e3 * ACHIEVED.launch:.1f} ms a layer beside what it reads")
+    return textwrap.fill("assumed: " + "; ".join(found), 118, subsequent_indent="         ")
 
 
 def as_json(name: str, source: str, plan: Plan, nearest: dict[str, tuple[Suggestion, Plan] | None]) -> dict[str, Any]:

@@ -42,7 +42,8 @@ class TimeModel:
     """Traffic and time of the steps of a load on a launch."""
 
     def __init__(self, config: Any, shards: Shards, memory: MemoryModel, load: Load, launch: Launch, ep: int) -> None:
-        self.config, self.shards, self.memory, self.load, self.launch, self.ep = config, shards, memory, load, launch, ep
+        self.config, self.shards, self.memory, self.load = config, shards, memory, load
+        self.launch, self.ep = launch, ep
 
     # --------------------------------------------------------------------------------------------------- traffic
 
@@ -133,9 +134,7 @@ class TimeModel:
         nodes = group.ranks / inside
         over_nvlink = size * (inside - 1) / inside
         over_network = size * (nodes - 1) / nodes / inside
-        return max(
-            over_nvlink / (gpu.nvlink * ACHIEVED.nvlink), over_network / (gpu.infiniband * ACHIEVED.infiniband)
-        )
+        return max(over_nvlink / (gpu.nvlink * ACHIEVED.nvlink), over_network / (gpu.infiniband * ACHIEVED.infiniband))
 
     def _optimizer(self, gpu: Gpu) -> float:
         """AdamW reads and writes moments, masters and weights once: 28 bytes and the weights' own."""

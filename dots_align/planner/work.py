@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from dots_align.model.dots1 import preset_config
 from dots_align.model.lora import adapter_base
 from dots_align.planner.activations import MicroBatch
 from dots_align.planner.memory import RolloutBatch, Work
+from dots_align.rollout.engine import RolloutEngine
 
 # Assumptions about data that nobody has seen yet.
 BUSIEST = 1.5  # rows that reach one process's experts, to the mean: its experts are the popular ones
@@ -79,9 +81,7 @@ def check_plannable(recipe: Any) -> None:
     if recipe.stage not in _LOADS:
         raise ValueError(f"stage {recipe.stage} has no plan; give a recipe of stage {', '.join(_LOADS)}")
     if recipe.parallel.backend != "fsdp":
-        raise ValueError(
-            f"parallel.backend={recipe.parallel.backend} has no plan; plan with parallel.backend=fsdp"
-        )
+        raise ValueError(f"parallel.backend={recipe.parallel.backend} has no plan; plan with parallel.backend=fsdp")
     if recipe.model.experts_implementation != "grouped":
         raise ValueError(
             f"model.experts_implementation={recipe.model.experts_implementation} has no plan; set it to grouped"
@@ -110,7 +110,16 @@ def _batch(recipe: Any, config: Any, tokens: int, scored: int) -> MicroBatch:
     )
 
 
-def _work(recipe: Any, batch: MicroBatch, accumulates: bool, **more: Any) -> Work:
+def _evaluation(recipe: Any, launch: Launch, prompt_tokens: int) -> RolloutBatch | None:
+    """What the `evaluate` hook samples on each process."""
+    if "evaluate" not in recipe.on_save:
+        return None
+    prompts = -(-recipe.evaluation.num_prompts // launch.processes)
+    at_once = min(prompts, inspect.signature(RolloutEngine).parameters["max_num_sequences"].default)
+    return RolloutBatch(at_once, 1, prompt_tokens, recipe.evaluation.max_tokens)
+
+
+def _work(recipe: Any, launch: Launch, prompt_tokens: int, batch: MicroBatch, accumulates: bool, **more: Any) -> Work:
     return Work(
         batch,
         checkpointing=recipe.train.gradient_checkpointing,
@@ -118,15 +127,16 @@ def _work(recipe: Any, batch: MicroBatch, accumulates: bool, **more: Any) -> Wor
         offload=recipe.parallel.offload_optimizer,
         reshard=recipe.parallel.reshard_after_forward,
         mixed=recipe.train.bf16,
+        evaluation=_evaluation(recipe, launch, prompt_tokens),
         **more,
     )
 
 
-def _supervised(recipe: Any, config: Any, launch: Launch, _: int, sequences: int = 1) -> Load:
+def _supervised(recipe: Any, config: Any, launch: Launch, prompt_tokens: int, sequences: int = 1) -> Load:
     train = recipe.train
     tokens = sequences * train.per_device_train_batch_size * train.max_length
     batches = train.gradient_accumulation_steps
-    work = _work(recipe, _batch(recipe, config, tokens, tokens), batches > 1)
+    work = _work(recipe, launch, prompt_tokens, _batch(recipe, config, tokens, tokens), batches > 1)
     return Load(work, batches, 0, 1, 0, tokens * batches * launch.processes, train.max_length)
 
 
@@ -146,14 +156,14 @@ def _reinforced(recipe: Any, config: Any, launch: Launch, prompt_tokens: int) ->
     width = min(keys.group_size, keys.max_num_sequences)
     blocks = groups * -(-keys.group_size // width)
     at_once = min(max(keys.max_num_sequences // width, 1), blocks)
-    prompts = at_once * prompt_tokens
     work = _work(
         recipe,
+        launch,
+        prompt_tokens,
         _batch(recipe, config, tokens, tokens * keys.max_tokens // longest),
         batches > 1,
         copies=2 if recipe.algorithm.kl_coef and recipe.lora is None else 1,
         rollout=RolloutBatch(at_once, width, prompt_tokens, keys.max_tokens),
-        prefill=_batch(recipe, config, prompts, at_once),
     )
     updates = train.num_minibatches * train.num_epochs
     inferences = (int(updates > 1) + int(recipe.algorithm.kl_coef > 0)) * batches * train.num_minibatches
