@@ -189,9 +189,8 @@ def tflops_at_report_shapes(device: torch.device, repeats: int) -> tuple[dict[st
 
 
 def print_header() -> None:
-    print(
-        f"{'case':<8}{'mode':<10}{'tokens':>7}" + "".join(f"{name:>20}" for name in (OURS, *OTHERS)) + f"{'vs best':>9}"
-    )
+    names = "".join(f"{name:>20}" for name in (OURS, *OTHERS))
+    print(f"{'case':<8}{'mode':<10}{'tokens':>7}{names}{'vs best':>9}")
 
 
 def print_row(case: Case, measured: dict[str, float | None]) -> None:
@@ -219,6 +218,24 @@ def parse_arguments() -> argparse.Namespace:
     return options
 
 
+def ratios(results: dict[Case, dict[str, float | None]]) -> dict[str, Any]:
+    """Every key of the RESULT line that comes from the table."""
+    plain = ("float32", "bfloat16")
+    random = {case: measured for case, measured in results.items() if case.name == "random"}
+    at_2048 = [ratio(m, ("eager",)) for case, m in random.items() if case.tokens == 2048 and case.mode in plain]
+    milliseconds: dict[str, dict[str, float]] = {}
+    for case, measured in random.items():
+        milliseconds.setdefault(case.mode, {})[str(case.tokens)] = round(measured[OURS] or 0, 2)
+    return {
+        "ratio_vs_best": worst(results, "random", *plain),
+        "ratio_vs_best_skewed": worst(results, "skewed", *plain),
+        "ratio_vs_best_autocast": worst(results, "random", "autocast"),
+        "ratio_vs_best_tiny": worst(results, "tiny", *plain),
+        "ratio_vs_eager_2048": round(min(at_2048), 2) if at_2048 else None,
+        "milliseconds": milliseconds,
+    }
+
+
 def main() -> None:
     options = parse_arguments()
     device = torch.device(options.device)
@@ -229,34 +246,13 @@ def main() -> None:
     for case in build_cases(options):
         results[case] = measure(case, device, options.repeats, options.max_gib)
         print_row(case, results[case])
-    plain = ("float32", "bfloat16")
-    at_2048 = [
-        ratio(measured, ("eager",))
-        for case, measured in results.items()
-        if case.name == "random" and case.tokens == 2048 and case.mode in plain
-    ]
     tflops, share = tflops_at_report_shapes(device, options.repeats) if device.type == "cuda" else (None, None)
-    summary = {
-        "ratio_vs_best": worst(results, "random", *plain),
-        "ratio_vs_best_skewed": worst(results, "skewed", *plain),
-        "ratio_vs_best_autocast": worst(results, "random", "autocast"),
-        "ratio_vs_best_tiny": worst(results, "tiny", *plain),
-        "ratio_vs_eager_2048": round(min(at_2048), 2) if at_2048 else None,
-        "milliseconds": {
-            mode: {
-                str(case.tokens): round(measured[OURS] or 0, 2)
-                for case, measured in results.items()
-                if case.name == "random" and case.mode == mode
-            }
-            for mode in options.modes
-        },
-        "tflops": tflops,
-        "share_of_peak": share,
+    where = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "quick": options.quick,
     }
-    print("RESULT " + json.dumps(summary))
+    print("RESULT " + json.dumps({**ratios(results), "tflops": tflops, "share_of_peak": share, **where}))
 
 
 if __name__ == "__main__":

@@ -316,17 +316,21 @@ class _Combine(torch.autograd.Function):
         out, weights, order, places = ctx.saved_tensors
         num_rows, wide = len(order), _wide(grad, weights)
         row_tokens, row_weights = order // len(places), weights.reshape(-1)[order].unsqueeze(-1)
-        out_grad = _empty((num_rows, grad.shape[1]), grad.new_empty(0, dtype=ctx.out_dtype))
-        dots = grad.new_empty(num_rows, dtype=wide)
+        out_grad = None
+        if ctx.needs_input_grad[0]:
+            out_grad = _empty((num_rows, grad.shape[1]), grad.new_empty(0, dtype=ctx.out_dtype))
+        dots = None if out is None else grad.new_empty(num_rows, dtype=wide)
         # Piece by piece: the wide copies of a piece stay in a CPU's cache, and are small beside a GPU's memory.
         piece = 1024 if grad.device.type == "cpu" else 16384
         for start in range(0, num_rows, piece):
             part = slice(start, start + piece)
             row_grad = grad.index_select(0, row_tokens[part]).to(wide)
-            if out is not None:
+            if dots is not None:
                 torch.sum(row_grad * out[part], -1, out=dots[part])
-            torch.mul(row_grad, row_weights[part], out=out_grad[part])
-        return out_grad, None if out is None else dots[places.t()].to(weights.dtype), None, None, None
+            if out_grad is not None:
+                torch.mul(row_grad, row_weights[part], out=out_grad[part])
+        weights_grad = None if dots is None else dots[places.t()].to(weights.dtype)
+        return out_grad, weights_grad, None, None, None
 
 
 def experts_forward(

@@ -61,7 +61,7 @@ class Search:
             launch = Launch(nodes, self.launch.gpus_per_node)
             recipe = changed(self.recipe, keys)
             if self._fits(recipe, launch, gpu):
-                return Suggestion(tuple(f"{k}={json.dumps(v)}" for k, v in keys.items()), recipe, launch)
+                return Suggestion(tuple(_override(*item) for item in keys.items()), recipe, launch)
         return None
 
     def _fits(self, recipe: Any, launch: Launch, gpu: Gpu) -> bool:
@@ -129,6 +129,10 @@ def _halved(key: str, value: int, least: int, cost: float) -> list[Option]:
         value //= 2
         found.append(Option(found[-1].cost + cost, {key: value}))
     return found
+
+
+def _override(key: str, value: Any) -> str:
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
 
 
 def changed(recipe: Any, keys: dict[str, Any]) -> Any:

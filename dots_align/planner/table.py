@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from typing import Any
 
@@ -45,20 +46,24 @@ def _gib(size: float) -> str:
     return f"{size / GIB:,.1f}"
 
 
+def _count(number: int) -> str:
+    return f"{number / 1e9:,.1f} B" if number >= 1e9 else f"{number / 1e6:,.1f} M"
+
+
 def _launch(launch: Launch) -> str:
-    nodes = "node" if launch.nodes == 1 else "nodes"
-    return f"{launch.nodes} {nodes} of {launch.gpus_per_node} GPUs"
+    return f"{launch.nodes} x {launch.gpus_per_node} GPUs"
 
 
 def _heading(name: str, source: str, plan: Plan) -> str:
     shards, batch, parallel = plan.shards, plan.load.work.batch, plan.recipe.parallel
-    trained = f"LoRA, {shards.adapter / 1e6:,.1f} M trained" if shards.adapter else "all trained"
+    counts = f"{_count(shards.parameters)} parameters, {_count(shards.active)} active a token"
+    trained = f"LoRA, {_count(shards.adapter)} trained" if shards.adapter else "all trained"
     replicas = f", {parallel.dp_replicate} replicas" if parallel.dp_replicate > 1 else ""
     return "\n".join(
         [
             f"{name}: {plan.recipe.stage} on {_launch(plan.launch)}, ep {parallel.ep}{replicas}",
             f"model   {source}",
-            f"        {shards.parameters / 1e9:,.1f} B parameters, {shards.active / 1e9:,.1f} B active a token; {trained}",
+            f"        {counts}; {trained}",
             f"step    {plan.load.step_tokens:,} tokens at most; {plan.load.forwards} forward(s) of up to "
             f"{batch.tokens:,} tokens on each GPU",
         ]
@@ -66,14 +71,16 @@ def _heading(name: str, source: str, plan: Plan) -> str:
 
 
 def _memory(plan: Plan) -> str:
-    names = list(plan.phases)
+    names, small = list(plan.phases), plan.peak < GIB
+    unit = 2**20 if small else GIB
     shown = [c for c in CATEGORIES if any(plan.phases[n][c] for n in names)]
-    lines = [f"{'GiB on a GPU':24}" + "".join(f"{n:>12}" for n in names)]
+    lines = [f"{'MiB' if small else 'GiB'} on a GPU".ljust(24) + "".join(f"{n:>12}" for n in names)]
     for category in shown:
-        lines.append(f"  {category:22}" + "".join(f"{_gib(plan.phases[n][category]):>12}" for n in names))
-    totals = "".join(f"{_gib(sum(plan.phases[n].values())):>12}" for n in names)
+        lines.append(f"  {category:22}" + "".join(f"{plan.phases[n][category] / unit:>12,.1f}" for n in names))
+    totals = "".join(f"{sum(plan.phases[n].values()) / unit:>12,.1f}" for n in names)
     lines.append(f"{'total':24}{totals}")
-    lines.append(f"peak: {plan.worst_phase}, {_gib(plan.peak)} GiB, most of it {plan.largest}: {MEANING[plan.largest]}")
+    lines.append(f"peak: {plan.worst_phase}; most of it is {plan.largest}:")
+    lines.append(f"  {MEANING[plan.largest]}")
     return "\n".join(lines)
 
 
@@ -86,9 +93,13 @@ def _verdict(name: str, plan: Plan, gpu: Gpu, nearest: dict[str, tuple[Suggestio
     if found is None:
         return f"{missing}; no layout was found that fits, with up to 16 nodes"
     suggestion, better = found
-    moved = f"  on {_launch(suggestion.launch)}" if suggestion.launch != plan.launch else ""
-    changes = " ".join(suggestion.overrides)
-    return f"{missing}\n  change first: {changes}{moved}\n  then {better.worst_phase} peaks at {_gib(better.peak)} GiB"
+    lines = [missing, f"  change first: {' '.join(map(shlex.quote, suggestion.overrides))}"]
+    if suggestion.launch != plan.launch:
+        lines.append(f"  on {_launch(suggestion.launch)}: --nodes {suggestion.launch.nodes}")
+    lines.append(f"  then {better.worst_phase} peaks at {_gib(better.peak)} GiB")
+    if better.load.step_tokens != plan.load.step_tokens:
+        lines[-1] += f"; a step has {better.load.step_tokens:,} tokens then"
+    return "\n".join(lines)
 
 
 def _host(plan: Plan) -> str:
@@ -136,8 +147,7 @@ def _assumptions(plan: Plan) -> str:
     if load.work.offload:
         found.append(f"{ACHIEVED.host_copy / 1e9:.0f} GB/s a GPU to and from the host")
         found.append(f"AdamW there reads and writes {ACHIEVED.host_memory / 1e9:.0f} GB/s a node")
-    if load.work.rollout is not None or load.work.evaluation is not None:
-        sampled = load.work.rollout or load.work.evaluation
+    if (sampled := load.work.rollout or load.work.evaluation) is not None:
         found.append(f"prompts of up to {sampled.prompt_tokens} tokens (--prompt-tokens)")
     if load.work.rollout is not None:
         found.append(f"a decoding step costs {1e3 * ACHIEVED.launch:.1f} ms a layer beside what it reads")

@@ -38,9 +38,9 @@ class Launch:
         """What is asked for, else what the recipe's name ends in (`_4x8`: nodes x GPUs), else one node of 8."""
         named = re.search(r"_(\d+)x(\d+)$", recipe.stem)
         found = (int(named[1]), int(named[2])) if named else (1, 8)
-        launch = Launch(nodes or found[0], gpus_per_node or found[1])
-        if launch.processes < 1:
-            raise ValueError(f"{recipe}: planning needs at least one node with one GPU")
+        launch = Launch(found[0] if nodes is None else nodes, found[1] if gpus_per_node is None else gpus_per_node)
+        if min(launch.nodes, launch.gpus_per_node) < 1:
+            raise ValueError(f"{launch.nodes} x {launch.gpus_per_node}: a launch has at least one node with one GPU")
         return launch
 
 

@@ -50,7 +50,8 @@ def test_every_readme_command_runs(repo_root: Path, tmp_path: Path):
     for split in ("train", "test"):
         (gsm8k / f"{split}.jsonl").write_text("".join(row.format(n, 2 * n) for n in range(2, 42)))
     venv = repo_root / ".venv" / "bin"
-    environment = {**os.environ, "PATH": f"{venv}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    path = f"{venv}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     for command in found:
         if command[0].startswith("scripts/"):
             continue  # test.sh runs these tests; quickstart.sh has a test of its own below

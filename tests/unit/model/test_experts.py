@@ -218,6 +218,15 @@ def test_weights_train_under_inputs_that_do_not() -> None:
         assert torch.equal(weight.grad, everything[name])
 
 
+def test_only_the_gates_train() -> None:
+    case = Case(ROUTINGS["random"])
+    everything = case.run()
+    case.module.requires_grad_(False)
+    case.hidden.requires_grad_(False)
+    (found,) = torch.autograd.grad(case.forward(), case.gates, case.grad)
+    assert torch.equal(found, everything["gates"])
+
+
 def test_without_gradients() -> None:
     case = Case(ROUTINGS["random"])
     with torch.no_grad():
