@@ -3,6 +3,12 @@
 A training step peaks at its head (logits, and everything kept from forward to backward), while a layer's backward runs
 (its gathered weights, its recomputed activations, gradients before and after they are reduced), or in the optimizer; RL
 also in the rollout, when all weights are gathered beside the cache. Each phase is a few moments; the worst one counts.
+
+tests/distributed/test_planner_memory.py compares this with what real steps have alive, on 1, 2 and 4 CPU processes:
+parameters, gradients and optimizer states are equal to the byte; the peaks of training steps were off by -3.5 to +3.5 %
+(fp32 and bf16, with and without checkpointing, accumulation, replicas, offload and LoRA; one phase that is not the peak
+by -19 %), those of rollouts by +1 to +7 %. It counts tensors: what kernels take for themselves, and the allocator's
+fragments, are in the reserve of `hardware`. No GPU has been measured.
 """
 
 from __future__ import annotations
@@ -23,7 +29,7 @@ CATEGORIES = (
     "gradients",
     "optimizer",
     "gathered weights",
-    "unreduced gradients",
+    "gradient buffers",
     "activations",
     "logits",
     "KV cache",
@@ -231,7 +237,7 @@ class MemoryModel:
             **self.always,
             "gradients": gradients,
             "gathered weights": gathered,
-            "unreduced gradients": unreduced,
+            "gradient buffers": unreduced,
             "activations": activations,
             "logits": logits,
             "KV cache": cache,

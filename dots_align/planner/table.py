@@ -17,7 +17,7 @@ MEANING = {
     "gradients": "of this GPU's part of the weights; more GPUs share them",
     "optimizer": "moments and fp32 masters; parallel.offload_optimizer moves them to the host, LoRA has few",
     "gathered weights": "whole layers for computing, in a rollout all of them; a larger parallel.ep makes them smaller",
-    "unreduced gradients": "whole layers', before GPUs add them up; over several forwards a step, those of all layers",
+    "gradient buffers": "of whole layers, until GPUs have added them up; with several forwards a step, of all layers",
     "activations": "kept from forward to backward; fewer tokens a forward, or train.gradient_checkpointing",
     "logits": "a chunk of the vocabulary's",
     "KV cache": "of all sequences at once; lower rollout.max_num_sequences or max_tokens",

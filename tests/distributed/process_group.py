@@ -22,7 +22,7 @@ PRELOAD = [
     "sharding_cases",
     "stage_cases",
 ]
-TIMEOUT_SECONDS = 120
+TIMEOUT_SECONDS = 300
 
 
 def free_port() -> int:
