@@ -319,7 +319,7 @@ class _Combine(torch.autograd.Function):
         out_grad = None
         if ctx.needs_input_grad[0]:
             out_grad = _empty((num_rows, grad.shape[1]), grad.new_empty(0, dtype=ctx.out_dtype))
-        dots = None if out is None else grad.new_empty(num_rows, dtype=wide)
+        dots = grad.new_empty(num_rows, dtype=wide)
         # Piece by piece: the wide copies of a piece stay in a CPU's cache, and are small beside a GPU's memory.
         piece = 1024 if grad.device.type == "cpu" else 16384
         for start in range(0, num_rows, piece):
@@ -330,7 +330,7 @@ class _Combine(torch.autograd.Function):
                 torch.sum(row_grad * out[part], -1, out=dots[part])
             if out_grad is not None:
                 torch.mul(row_grad, row_weights[part], out=out_grad[part])
-        weights_grad = None if dots is None else dots[places.t()].to(weights.dtype)
+        weights_grad = None if out is None else dots[places.t()].to(weights.dtype)
         return out_grad, weights_grad, None, None, None
 
 

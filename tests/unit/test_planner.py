@@ -204,7 +204,7 @@ def test_weights_are_gathered_twice_a_forward_and_reduced_once_a_step(planned):
     assert twice.traffic.reduce == once.traffic.reduce
     whole = sum(g.whole * 2 * (g.ranks - 1) / g.ranks for g in once.shards.groups if g.kind in ("layer", "experts"))
     assert once.traffic.gather == pytest.approx(2 * whole, rel=0.2)  # and the embedding, the head, the routers
-    assert planned(SFT, launch=Launch(1, 2), *()).traffic.gather < once.traffic.gather
+    assert planned(SFT, launch=Launch(1, 2)).traffic.gather < once.traffic.gather
 
 
 def test_time_follows_work_and_bandwidth(planned):
