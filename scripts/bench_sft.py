@@ -32,7 +32,6 @@ import json
 import math
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -305,6 +304,14 @@ def print_row(stage: str, preset: str, dtype: str, measured: dict[str, Measured]
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
+def resident(field: str) -> float:
+    """MiB this process holds (`VmRSS`) or held at most (`VmHWM`). Not getrusage, whose peak is inherited from the
+    process that started this one.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) / 2**10 for line in lines if line.startswith(f"{field}:"))
+
+
 class MemoryMark(transformers.TrainerCallback):
     """Resident MiB after the first step: weights, optimizer, and whatever a first step imports."""
 
@@ -312,7 +319,7 @@ class MemoryMark(transformers.TrainerCallback):
 
     def on_step_end(self, _args: Any, state: Any, *_: Any, **__: Any) -> None:
         if state.global_step == 1:
-            self.before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+            self.before = resident("VmRSS")
 
 
 def step_memory(side: str, vocabulary: int, num_tokens: int) -> None:
@@ -337,7 +344,7 @@ def step_memory(side: str, vocabulary: int, num_tokens: int) -> None:
             callbacks=[mark],
         )
         trainer.train()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10 - mark.before)
+    print(resident("VmHWM") - mark.before)
 
 
 def compare_memory(vocabulary: int, num_tokens: int) -> float:

@@ -278,9 +278,10 @@ class MemoryModel:
 
     def gathered(self, group: Group | None) -> int:
         """A group's whole weights, in the dtype of computation; the router's in its own."""
-        if group is None or not self.shards.sharded:
+        if group is None:
             return 0
-        return group.bytes * group.ranks if group.kind == "router" else group.whole * self.work.batch.itemsize
+        own = group.bytes // group.elements
+        return group.whole * (own if group.kind == "router" else self.work.batch.itemsize)
 
     def _buffer(self, group: Group | None) -> int:
         """What a group's all-gather writes to, before the parameters are copied out."""
@@ -299,14 +300,14 @@ class MemoryModel:
 
     def _unreduced(self, group: Group | None) -> int:
         """A group's whole gradients as backward leaves them, or as they were added up."""
-        if group is None or not self.shards.sharded:
+        if group is None or not group.managed:
             return 0
         summed = self.work.accumulates or group.kind == "router"
         return group.whole_trained * (self._reduce_size(group) if summed else self.work.batch.itemsize)
 
     def reduce_buffer(self, group: Group | None) -> int:
         """The input of a reduce-scatter, which stays until the next one."""
-        if group is None or not self.shards.sharded:
+        if group is None or not group.managed:
             return 0
         return group.whole_trained * self._reduce_size(group)
 
@@ -314,7 +315,7 @@ class MemoryModel:
         """The worst of reducing a group's gradients: into the buffer, or out of it and into the parameters' dtype."""
         if group is None or not group.trained:
             return 0
-        if not self.shards.sharded:
+        if not group.managed:
             return group.trained_bytes
         whole, out = self.reduce_buffer(group), group.trained * self._reduce_size(group)
         divided = whole if group.ranks == 1 and group.kind == "experts" else 0
@@ -324,7 +325,7 @@ class MemoryModel:
         """Whole gradients of earlier micro-batches, of the groups that backward has not come to: the embedding, the
         first `layers` layers, and of the next one these kinds.
         """
-        if not self.work.accumulates or not self.shards.sharded:
+        if not self.work.accumulates:
             return 0
         waiting = [g for g in self.shards.groups if g.layer < layers or (g.layer == layers and g.kind in kinds)]
         return sum(self.reduce_buffer(g) for g in waiting if g.kind != "head")

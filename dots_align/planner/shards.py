@@ -33,7 +33,8 @@ class Group:
 
     `kind` is `embedding`, `layer` (but for its experts and router), `experts`, `router` or `head` (with the final
     norm); `ranks` the processes among which they are split, `replicas` the copies. Of this process's part: `elements`,
-    `bytes`, and of those that are trained `trained` and `trained_bytes`; `optimizer_bytes` the moments and masters.
+    `bytes`, the `managed` elements that FSDP2 gathers (of a process alone none), and of those that are trained
+    `trained` and `trained_bytes`; `optimizer_bytes` the moments and masters.
     """
 
     kind: str
@@ -42,6 +43,7 @@ class Group:
     replicas: int
     elements: int
     bytes: int
+    managed: int
     trained: int
     trained_bytes: int
     optimizer_bytes: int
@@ -49,7 +51,7 @@ class Group:
     @property
     def whole(self) -> int:
         """Elements after gathering (of the experts: of this process's own ones)."""
-        return self.elements * self.ranks
+        return self.managed * self.ranks
 
     @property
     def whole_trained(self) -> int:
@@ -61,8 +63,7 @@ class Shards:
     """The first process's part of a model: the largest one, where sizes do not divide evenly.
 
     `parameters` and `active` count the base model; `adapter` what LoRA adds. `trained` names what is trained, by the
-    last parts of its path (`self_attn.q_proj`, `mlp.experts.down_proj`). `sharded` is false for a process alone that
-    computes in the dtype of its parameters: then nothing is gathered.
+    last parts of its path (`self_attn.q_proj`, `mlp.experts.down_proj`).
     """
 
     groups: tuple[Group, ...]
@@ -70,7 +71,6 @@ class Shards:
     active: int
     adapter: int
     trained: frozenset[str]
-    sharded: bool
 
     @cached_property
     def bytes(self) -> int:
@@ -139,13 +139,12 @@ def shards_of(
     if lora is not None:
         model = add_adapter(model, lora, "")
     adapter = sum(p.numel() for p in model.parameters()) - parameters
-    sharded = world_size > 1 or bf16
     with imagined_processes(world_size):
-        if sharded:
+        if world_size > 1 or bf16:  # a process alone keeps its model whole, unless it computes in another dtype
             shard_model(model, parallel, torch.bfloat16 if bf16 else None, "cpu")
         groups = _groups(model)
         trained = frozenset(_role(name) for name, p in model.named_parameters() if p.requires_grad)
-    return Shards(groups, parameters, active, adapter, trained, sharded)
+    return Shards(groups, parameters, active, adapter, trained)
 
 
 def _number(value: int | None) -> int:
@@ -174,7 +173,8 @@ def _groups(model: Any) -> tuple[Group, ...]:
 
 def _group(kind: str, layer: int, parameters: list[Any], optimizer: Any) -> Group:
     trained = [p for p in parameters if p.requires_grad]
-    sizes = _mesh_sizes(parameters[0])
+    managed = [p for p in parameters if "dp_shard" in _mesh_sizes(p)]
+    sizes = _mesh_sizes(managed[0]) if managed else {}
     states = [t for p in trained for key, t in optimizer.state_of(p).items() if key != "step"]
     return Group(
         kind,
@@ -183,6 +183,7 @@ def _group(kind: str, layer: int, parameters: list[Any], optimizer: Any) -> Grou
         sizes.get("dp_replicate", 1),
         sum(local(p).numel() for p in parameters),
         sum(local(p).nbytes for p in parameters),
+        sum(local(p).numel() for p in managed),
         sum(local(p).numel() for p in trained),
         sum(local(p).nbytes for p in trained),
         sum(t.nbytes for t in states),

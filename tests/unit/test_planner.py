@@ -19,6 +19,7 @@ from dots_align.planner.shards import shards_of, shards_of_few_layers
 from dots_align.planner.work import Launch, load_of, model_config
 
 ROUTED = {"r": 8, "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+FOUR = Launch(1, 4)
 SFT: dict[str, Any] = {
     "stage": "sft",
     "output_dir": "out",
@@ -43,7 +44,7 @@ GRPO: dict[str, Any] = {
 def planned(tmp_path: Path):
     """Plans a recipe with overrides, as the command does."""
 
-    def run(values: dict[str, Any], *overrides: str, launch: Launch = Launch(1, 4), prompt_tokens: int = 28) -> Plan:
+    def run(values: dict[str, Any], *overrides: str, launch: Launch = FOUR, prompt_tokens: int = 28) -> Plan:
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump(values))
         recipe = load_recipe(path, overrides)
