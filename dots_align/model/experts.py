@@ -325,8 +325,7 @@ class _Combine(torch.autograd.Function):
         for start in range(0, num_rows, piece):
             part = slice(start, start + piece)
             row_grad = grad.index_select(0, row_tokens[part]).to(wide)
-            if dots is not None:
-                assert out is not None
+            if out is not None:
                 torch.sum(row_grad * out[part], -1, out=dots[part])
             if out_grad is not None:
                 torch.mul(row_grad, row_weights[part], out=out_grad[part])
