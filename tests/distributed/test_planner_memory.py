@@ -14,6 +14,7 @@ from dots_align.planner.activations import MicroBatch
 from dots_align.planner.memory import MemoryModel, RolloutBatch, Work
 from dots_align.planner.shards import Shards, shards_of
 
+pytestmark = pytest.mark.slow
 TOLERANCE = 0.10  # of the whole peak; parameters, gradients and optimizer states have to be exact
 EVERYTHING = {
     "r": 8,
