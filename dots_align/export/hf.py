@@ -6,7 +6,6 @@ What is written loads without dots_align. It is published whole or not at all; `
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -22,14 +21,15 @@ from dots_align.config import ModelSection
 from dots_align.data.chat import stop_token_ids
 from dots_align.export.card import model_card
 from dots_align.export.source import History, training_history
+from dots_align.export.template import portable_template
 from dots_align.export.verify import verify_export
+from dots_align.export.weights import INDEX, check_tensors, weight_files
 from dots_align.model.dots1 import count_parameters
 from dots_align.model.lora import adapter_base
 from dots_align.runtime import logger, write_json
 
 EXPORT_STAGE = "export"
 MAX_SHARD_BYTES = 5 * 10**9
-INDEX = "model.safetensors.index.json"
 CORRECTION_BIAS = "e_score_correction_bias"
 # Looks at the finished files before they are published; what it returns is kept in the manifest.
 Check = Callable[[Path], dict[str, Any]]
@@ -121,7 +121,7 @@ def _write_model_files(checkpoint: Path, staging: Path, max_shard_bytes: int) ->
     try:
         config = Dots1Config.from_pretrained(base or checkpoint, local_files_only=True)
         # Here and not after loading: transformers fills a missing tensor with fresh values and goes on.
-        _check_tensors(base or checkpoint, config)
+        check_tensors(base or checkpoint, config)
         if base is None:
             tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
             _copy_weights(checkpoint, staging, max_shard_bytes)
@@ -130,7 +130,7 @@ def _write_model_files(checkpoint: Path, staging: Path, max_shard_bytes: int) ->
             model, tokenizer = load_model(ModelSection(path=str(checkpoint), dtype=config.dtype))
             model.save_pretrained(staging, max_shard_size=max_shard_bytes)
             del model
-            _check_tensors(staging, config)
+            check_tensors(staging, config)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{checkpoint}: cannot be read: {error}") from None
     _write_tokenizer(tokenizer, staging)
@@ -141,55 +141,9 @@ def _write_model_files(checkpoint: Path, staging: Path, max_shard_bytes: int) ->
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
-def _expected_shapes(config: Dots1Config) -> dict[str, list[int]]:
-    """The hub's tensor names, one tensor per expert and projection, with their shapes."""
-    with torch.device("meta"):
-        state = Dots1ForCausalLM(config).state_dict()
-    if config.tie_word_embeddings:
-        state.pop("lm_head.weight")
-    shapes: dict[str, list[int]] = {}
-    width, hidden, num_experts = config.moe_intermediate_size, config.hidden_size, config.n_routed_experts
-    assert num_experts is not None
-    for name, tensor in state.items():
-        prefix, _, fused = name.rpartition(".")
-        if fused == "gate_up_proj":
-            for expert in range(num_experts):
-                shapes[f"{prefix}.{expert}.gate_proj.weight"] = [width, hidden]
-                shapes[f"{prefix}.{expert}.up_proj.weight"] = [width, hidden]
-                shapes[f"{prefix}.{expert}.down_proj.weight"] = [hidden, width]
-        elif not prefix.endswith(".experts"):
-            shapes[name] = list(tensor.shape)
-    return shapes
-
-
-def _check_tensors(directory: Path, config: Dots1Config) -> None:
-    """Raises ValueError if the weights in a directory are not exactly those its config asks for."""
-    expected, found = _expected_shapes(config), {}
-    for path in _weight_files(directory):
-        with safe_open(path, framework="pt") as shard:
-            found |= {name: shard.get_slice(name).get_shape() for name in shard.keys()}  # noqa: SIM118 - not a mapping
-    missing, unknown = expected.keys() - found.keys(), found.keys() - expected.keys()
-    for problem, names in (("is missing", missing), ("is unknown", unknown)):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise ValueError(f"{directory}: tensor {min(names)} {problem}{more}; the weights do not fit config.json")
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise ValueError(f"{directory}: tensor {name} has shape {found[name]}, config.json asks for {shape}")
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """The files a loader would read: those the index names, or the one there is."""
-    index = directory / INDEX
-    if not index.is_file():
-        return [directory / "model.safetensors"]
-    names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [directory / name for name in sorted(set(names))]
-
-
 def _copy_weights(source: Path, staging: Path, max_shard_bytes: int) -> None:
     """Copies tensors bit by bit into shards of at most `max_shard_bytes`; one shard at a time is in memory."""
-    shards = _plan_shards(_weight_files(source), max_shard_bytes)
+    shards = _plan_shards(weight_files(source), max_shard_bytes)
     weight_map, total = {}, 0
     for number, members in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
@@ -307,19 +261,3 @@ def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, staging: Path) -> None:
         "chat_template": template,
     }
     write_json(path, fields)
-
-
-_GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
-
-
-def portable_template(template: str) -> str:
-    """The chat template without `{% generation %}` tags, which only transformers knows; it renders exactly the same.
-
-    A tag next to white space becomes an empty comment with the same trimming marks: it may have been trimming there.
-    """
-
-    def replacement(tag: re.Match[str]) -> str:
-        around = template[max(tag.start() - 1, 0) : tag.start()] + template[tag.end() : tag.end() + 1]
-        return f"{{#{tag[1]} {tag[2]}#}}" if any(c.isspace() for c in around) else ""
-
-    return _GENERATION_TAG.sub(replacement, template)

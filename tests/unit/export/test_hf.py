@@ -16,7 +16,8 @@ from transformers import AutoTokenizer, Dots1Config, PreTrainedTokenizerFast
 from dots_align.checkpoint import check_whole, load_model, save_model
 from dots_align.config import ModelSection
 from dots_align.data.chat import CHAT_TEMPLATE
-from dots_align.export.hf import export_hf, portable_template
+from dots_align.export.hf import export_hf
+from dots_align.export.template import portable_template
 
 CONVERSATIONS = [
     [{"role": "user", "content": "What is 2 plus 3?"}],
