@@ -1,19 +1,25 @@
-"""Keys and values of a running batch: a prompt's once per group, a response's once per sequence.
-
-The cache has `num_groups` group slots of `group_size` rows each; row `g * group_size + j` is the j-th sample of the
-prompt in slot g. Prompts are what a group has in common, so their keys and values are stored, and attended to, once
-per group.
-"""
+"""Keys and values in blocks of a fixed number of tokens, and who holds which block."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 
-class GroupedKVCache:
-    """Prefix [G, H, P, D] and suffix [G * W, H, T, D] keys and values, for each layer.
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros; on a CPU their memory is only taken when it is first written (calloc), so an unused block costs nothing."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    bits = {2: np.int16, 4: np.int32, 8: np.int64}[dtype.itemsize]
+    return torch.from_numpy(np.zeros(shape, bits)).view(dtype)
 
-    G group slots, W rows a group, H key-value heads, P longest prompt, T longest response, D head dimension.
+
+class BlockPool:
+    """`num_blocks` blocks of `block_size` tokens, each through all layers: `keys[layer]` and `values[layer]` are
+    [num_blocks, block_size, H, D]. Which tokens a block holds is known to whoever took it.
+
+    Blocks start as zeros and are handed out as they were left: what lies behind a chain's last token has to be
+    finite (it is multiplied by zero) but means nothing.
     """
 
     def __init__(
@@ -21,27 +27,43 @@ class GroupedKVCache:
         num_layers: int,
         num_heads: int,
         head_dim: int,
-        num_groups: int,
-        group_size: int,
-        prefix_capacity: int,
-        suffix_capacity: int,
+        num_blocks: int,
+        block_size: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.num_groups, self.group_size = num_groups, group_size
-        prefix = (num_groups, num_heads, prefix_capacity, head_dim)
-        suffix = (num_groups * group_size, num_heads, suffix_capacity, head_dim)
-
-        def allocate(shape: tuple[int, ...]) -> list[torch.Tensor]:
-            # Zeros, not empty: padding is masked, but 0 * NaN from stale memory would not be.
-            return [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-
-        self.prefix_keys, self.prefix_values = allocate(prefix), allocate(prefix)
-        self.suffix_keys, self.suffix_values = allocate(suffix), allocate(suffix)
-        self.prefix_lengths = torch.zeros(num_groups, dtype=torch.long, device=device)
+        self.block_size, self.num_blocks = block_size, num_blocks
+        shape = (num_blocks, block_size, num_heads, head_dim)
+        self.keys = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self.values = [_zeros(shape, dtype, device) for _ in range(num_layers)]
+        self._free = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)  # a stack: the last entry goes first
+        self._num_free = num_blocks
+        self.peak_blocks = 0
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes held by all keys and values."""
-        tensors = [*self.prefix_keys, *self.prefix_values, *self.suffix_keys, *self.suffix_values]
-        return sum(t.numel() * t.element_size() for t in tensors)
+    def num_free(self) -> int:
+        return self._num_free
+
+    @property
+    def bytes_per_block(self) -> int:
+        return 2 * sum(layer[0].numel() * layer.element_size() for layer in self.keys)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def take(self, count: int) -> np.ndarray:
+        """[count] int32 ids of blocks nobody holds. The caller has made sure that there are as many."""
+        assert count <= self._num_free, f"{count} blocks asked of {self._num_free}"
+        self._num_free -= count
+        self.peak_blocks = max(self.peak_blocks, self.num_blocks - self._num_free)
+        return self._free[self._num_free : self._num_free + count].copy()
+
+    def give_back(self, blocks: np.ndarray) -> None:
+        self._free[self._num_free : self._num_free + len(blocks)] = blocks
+        self._num_free += len(blocks)
+
+    def erase(self, blocks: np.ndarray) -> None:
+        """Makes blocks that may hold NaN or infinity harmless for whoever takes them next."""
+        index = torch.from_numpy(blocks).long()
+        for layer in (*self.keys, *self.values):
+            layer[index.to(layer.device)] = 0
