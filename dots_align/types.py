@@ -61,23 +61,18 @@ class Response:
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How to sample, in vLLM's names. `temperature` 0 is greedy; `top_k` 0 and `top_p` 1 switch the filters off."""
+    """How to sample, in vLLM's names. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 switch the filters
+    off. Filters apply in this order: `top_k`, `top_p` (the fewest tokens that reach the mass), `min_p` (at least this
+    share of the likeliest token's probability).
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
     max_tokens: int = 128
     stop_token_ids: tuple[int, ...] = ()
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class GenerationRequest:
-    """`num_samples` continuations of one prompt; the prompt is prefilled once for all of them."""
-
-    prompt_ids: list[int]
-    num_samples: int = 1
-    sampling: SamplingParams = SamplingParams()
 
 
 @dataclass(frozen=True)
@@ -89,6 +84,9 @@ class Sample:
     model's own (temperature 1). `routes` (only if asked for) are the expert ids that each input token chose, uint8
     in the order [token][MoE layer][k]; the tokens are the prompt's and the response's but for the last, which was
     never fed.
+
+    `finish_reason` is `stop` (a stop token, which is the last id), `length` (max_tokens) or `abort` (it was told to
+    stop, and may go on as `GenerationRequest.started`).
     """
 
     response_ids: list[int]
@@ -96,6 +94,20 @@ class Sample:
     logprobs: list[float]
     finish_reason: str
     routes: bytes | None = None
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """`num_samples` continuations of one prompt; the prompt is prefilled once for all of them.
+
+    `started` holds samples begun earlier, such as those an `abort` returned: the first entry is the first sample, and
+    so on. A sample that had not ended goes on behind its last token, with the random numbers it would have had.
+    """
+
+    prompt_ids: list[int]
+    num_samples: int = 1
+    sampling: SamplingParams = SamplingParams()
+    started: tuple[Sample, ...] = ()
 
 
 @dataclass(frozen=True)

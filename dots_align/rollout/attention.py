@@ -2,20 +2,24 @@
 
 transformers hands every attention call the keyword arguments given to the model, so a step object travels to each
 layer as `rollout_step` and does that layer's reading and writing of the cache.
+
+Attention to a prefix is computed once for all the tokens that hang on it, attention to a chain's own tokens chain by
+chain, and the two are merged by their log-sum-exp.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import torch
-import torch.nn.functional as F
+from torch.nn.attention.varlen import AuxRequest, varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
-from dots_align.rollout.kv_cache import GroupedKVCache
+from dots_align.rollout.kv_cache import BlockPool
+from dots_align.rollout.plan import ForwardPlan
 
 IMPLEMENTATION = "dots_align_rollout"
 
@@ -58,18 +62,10 @@ def rollout_mode(model: PreTrainedModel) -> Iterator[None]:
     model.config._attn_implementation = IMPLEMENTATION
     model.eval()
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         model.config._attn_implementation = attention
         model.train(training)
-
-
-def _repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Repeats key-value heads (dim 1) for grouped-query models; a no-op for dots1, which has one for each query
-    head.
-    """
-    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
 
 
 class IdleStep:
@@ -81,120 +77,173 @@ class IdleStep:
         return _repeat_heads(value, query.shape[1])
 
 
-@dataclass
-class PrefillStep:
-    """Whole prompts, packed one after the other: token i belongs to prompt `prompt_index[i]` at `positions[i]`.
+class CachedStep:
+    """The attention of one `ForwardPlan` over the blocks of a pool."""
 
-    Prompts are laid out padded on the right; causality alone keeps real tokens from seeing the padding.
-    """
-
-    cache: GroupedKVCache
-    slots: torch.Tensor  # [g] group slot of each prompt
-    prompt_index: torch.Tensor  # [N]
-    positions: torch.Tensor  # [N]
-    longest: int
-
-    def _padded(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, H, D] -> [g, H, longest, D]"""
-        out = x.new_zeros(len(self.slots), self.longest, *x.shape[1:])
-        out[self.prompt_index, self.positions] = x
-        return out.transpose(1, 2)
+    def __init__(self, plan: ForwardPlan, pool: BlockPool) -> None:
+        self.pool, device = pool, pool.keys[0].device
+        counts = np.diff(plan.starts)
+        chain = np.repeat(np.arange(len(counts)), counts)
+        within = np.arange(plan.num_tokens) - plan.starts[chain] + plan.cached[chain]
+        self.blocks = _index(plan.tables[chain, within // pool.block_size], device)
+        self.slots = _index(within % pool.block_size, device)
+        flash = device.type == "cuda" and pool.keys[0].dtype in (torch.bfloat16, torch.float16)
+        part = _FlashPart if flash else _PaddedPart
+        self.parts = [part(plan.starts, plan.tables, plan.cached + counts, True, device)]
+        if len(plan.prefix_lengths):
+            self.parts.append(part(plan.prefix_starts, plan.prefix_tables, plan.prefix_lengths, False, device))
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
     ) -> torch.Tensor:
-        keys, values = self._padded(key), self._padded(value)
-        self.cache.prefix_keys[layer][self.slots, :, : self.longest] = keys
-        self.cache.prefix_values[layer][self.slots, :, : self.longest] = values
-        heads = query.shape[1]
-        out = F.scaled_dot_product_attention(
-            self._padded(query), _repeat_heads(keys, heads), _repeat_heads(values, heads), is_causal=True, scale=scaling
-        )
-        return out.transpose(1, 2)[self.prompt_index, self.positions]
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        keys[self.blocks, self.slots] = key
+        values[self.blocks, self.slots] = value
+        own, *prefix = self.parts
+        out, total = own.attend(query, keys, values, scaling)
+        if not prefix:
+            return out
+        first = prefix[0].first
+        other, other_total = prefix[0].attend(query[first:], keys, values, scaling)
+        share = torch.sigmoid(total[first:] - other_total).unsqueeze(-1)  # exp(a) / (exp(a) + exp(b))
+        merged = (share * out[first:] + (1 - share) * other).to(out.dtype)
+        return merged if first == 0 else torch.cat([out[:first], merged])
 
 
-@dataclass
-class DecodeStep:
-    """One new token for each of N running rows; a row's token sits at `suffix_positions` of its own response.
+def _index(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(values, np.int64)).to(device)
 
-    The prefix part is one matrix product per group (its W queries against the shared prompt); the suffix part is one
-    per row. Both sets of scores go through a single softmax.
+
+def _repeat_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """Repeats key-value heads (dim 1) for grouped-query models; a no-op for dots1, which has one for each query
+    head.
+    """
+    return x if x.shape[1] == num_heads else x.repeat_interleave(num_heads // x.shape[1], dim=1)
+
+
+class _PaddedPart:
+    """Queries of S segments against the cached keys of each: gathered and padded to the longest, for any device.
+
+    Args:
+        starts: [S + 1] first query of each segment; consecutive.
+        tables: [S, B] blocks. lengths: [S] keys.
+        causal: the last query of a segment sees all its keys, each one before it one less; otherwise all see all.
     """
 
-    cache: GroupedKVCache
-    rows: torch.Tensor  # [N]
-    suffix_positions: torch.Tensor  # [N]
-
-    def __post_init__(self) -> None:
-        cache, width = self.cache, self.cache.group_size
-        groups, self.compact = torch.unique(self.rows // width, return_inverse=True)
-        # Reading every slot in place beats gathering the busy ones, unless few are busy.
-        self.groups = None if 2 * len(groups) > cache.num_groups else groups
-        if self.groups is None:
-            self.cells, self.grid_groups = self.rows, cache.num_groups
-        else:
-            self.cells, self.grid_groups = self.compact * width + self.rows % width, len(groups)
-        self.dense_rows = 2 * len(self.rows) > cache.num_groups * width
-        device = self.rows.device
-        lengths = cache.prefix_lengths[self.rows // width]
-        self.prefix_span = int(cache.prefix_lengths[groups].max())
-        self.suffix_span = int(self.suffix_positions.max()) + 1
-        self.prefix_hidden = (torch.arange(self.prefix_span, device=device)[None] >= lengths[:, None])[:, None]
-        self.suffix_hidden = (torch.arange(self.suffix_span, device=device)[None] > self.suffix_positions[:, None])[
-            :, None
+    # Segments of one query (decoding) and of many (prompts) would waste each other's padding.
+    def __init__(
+        self, starts: np.ndarray, tables: np.ndarray, lengths: np.ndarray, causal: bool, device: torch.device
+    ) -> None:
+        self.first = int(starts[0])
+        firsts, counts = starts[:-1] - self.first, np.diff(starts)
+        single = counts == 1
+        self.groups = [
+            _PaddedGroup(firsts[chosen], counts[chosen], tables[chosen], lengths[chosen], causal, device)
+            for chosen in (np.nonzero(single)[0], np.nonzero(~single)[0])
+            if len(chosen)
         ]
 
-    def _prefix(self, x: torch.Tensor, heads: int) -> torch.Tensor:
-        """Cached [G, H, P, D] -> the slots of the grid, cut to the longest prompt in use."""
-        x = x if self.groups is None else x[self.groups]
-        return _repeat_heads(x[:, :, : self.prefix_span], heads)
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """query [N, H, D], keys, values [blocks, block size, Hkv, D] -> output [N, H, D], log-sum-exp [N, H] fp32."""
+        if len(self.groups) == 1:
+            out, total = self.groups[0].attend(query, keys, values, scaling)
+            return out, total
+        out, total = torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
+        for group in self.groups:
+            out[group.tokens], total[group.tokens] = group.attend(query, keys, values, scaling)
+        return out, total
 
-    def _suffix(self, x: torch.Tensor, heads: int) -> torch.Tensor:
-        x = x[:, :, : self.suffix_span]
-        return _repeat_heads(x if self.dense_rows else x[self.rows], heads)
 
-    def _to_grid(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, H, X] -> [groups, H, W, X]; idle cells are zero."""
-        width = self.cache.group_size
-        grid = x.new_zeros(self.grid_groups * width, *x.shape[1:])
-        grid[self.cells] = x
-        return grid.view(self.grid_groups, width, *x.shape[1:]).transpose(1, 2)
-
-    def _from_grid(self, x: torch.Tensor) -> torch.Tensor:
-        return x.transpose(1, 2).flatten(0, 1)[self.cells]
-
-    def _to_rows(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.dense_rows:
-            return x
-        out = x.new_zeros(self.cache.num_groups * self.cache.group_size, *x.shape[1:])
-        out[self.rows] = x
-        return out
-
-    def _from_rows(self, x: torch.Tensor) -> torch.Tensor:
-        return x[self.rows] if self.dense_rows else x
+class _PaddedGroup:
+    def __init__(
+        self,
+        firsts: np.ndarray,
+        counts: np.ndarray,
+        tables: np.ndarray,
+        lengths: np.ndarray,
+        causal: bool,
+        device: torch.device,
+    ) -> None:
+        segment = np.repeat(np.arange(len(counts)), counts)
+        place = np.arange(len(segment)) - (np.cumsum(counts) - counts)[segment]
+        self.tokens = _index(firsts[segment] + place, device)
+        self.segment, self.place = _index(segment, device), _index(place, device)
+        self.shape = len(counts), int(counts.max())
+        self.tables = _index(tables, device)
+        self.span = int(lengths.max())
+        last = np.broadcast_to(lengths[:, None], self.shape)
+        if causal:
+            last = np.maximum(lengths[:, None] - counts[:, None] + 1 + np.arange(self.shape[1]), 1)
+        # [S, 1, Q, K], True where a key is seen; padding queries see what is there, so that nothing becomes NaN.
+        seen = np.arange(self.span) < np.minimum(last, lengths[:, None])[:, :, None]
+        self.seen = torch.from_numpy(seen).to(device)[:, None]
 
     def attend(
-        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> torch.Tensor:
-        cache, heads = self.cache, query.shape[1]
-        cache.suffix_keys[layer][self.rows, :, self.suffix_positions] = key
-        cache.suffix_values[layer][self.rows, :, self.suffix_positions] = value
-        query = query * scaling
-        prefix_scores = self._from_grid(
-            self._to_grid(query) @ self._prefix(cache.prefix_keys[layer], heads).transpose(-1, -2)
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        segments, longest = self.shape
+        if longest == 1:
+            grid = query[self.tokens].unsqueeze(2)
+        else:
+            grid = query.new_zeros(segments, longest, *query.shape[1:])
+            grid[self.segment, self.place] = query[self.tokens]
+            grid = grid.transpose(1, 2)
+        heads = query.shape[1]
+        key, value = (
+            _repeat_heads(x[self.tables].flatten(1, 2)[:, : self.span].transpose(1, 2), heads) for x in (keys, values)
         )
-        suffix_keys = self._suffix(cache.suffix_keys[layer], heads)
-        suffix_scores = self._from_rows((suffix_keys @ self._to_rows(query)[..., None]).squeeze(-1))
-        scores = torch.cat(
-            [
-                prefix_scores.masked_fill(self.prefix_hidden, float("-inf")),
-                suffix_scores.masked_fill(self.suffix_hidden, float("-inf")),
-            ],
-            dim=-1,
+        out, total = _attention(grid, key, value, self.seen, scaling)
+        if longest == 1:
+            return out.squeeze(2), total.squeeze(2)
+        return out.transpose(1, 2)[self.segment, self.place], total.transpose(1, 2)[self.segment, self.place]
+
+
+def _attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, seen: torch.Tensor, scaling: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """query [S, H, Q, D], key, value [S, H, K, D], seen [S, 1, Q, K] -> output [S, H, Q, D], log-sum-exp [S, H, Q]."""
+    scores = ((query * scaling) @ key.transpose(-1, -2)).float().masked_fill_(~seen, float("-inf"))
+    total = scores.logsumexp(-1)
+    weights = (scores - total.unsqueeze(-1)).exp_().to(value.dtype)
+    return weights @ value, total
+
+
+class _FlashPart:
+    """The same by flash attention on pages, on CUDA in half precision: nothing is gathered.
+
+    One split over the keys always, so that a sequence's numbers do not depend on what else is in the batch.
+    """
+
+    def __init__(
+        self, starts: np.ndarray, tables: np.ndarray, lengths: np.ndarray, causal: bool, device: torch.device
+    ) -> None:
+        self.first = int(starts[0])
+        self.starts, self.tables, self.lengths = (
+            torch.from_numpy(np.ascontiguousarray(x, np.int32)).to(device)
+            for x in (starts - starts[0], tables, lengths)
         )
-        weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-        prefix_weights, suffix_weights = weights.split([self.prefix_span, self.suffix_span], dim=-1)
-        prefix_out = self._from_grid(self._to_grid(prefix_weights) @ self._prefix(cache.prefix_values[layer], heads))
-        suffix_values = self._suffix(cache.suffix_values[layer], heads)
-        suffix_out = self._from_rows((self._to_rows(suffix_weights)[:, :, None] @ suffix_values).squeeze(2))
-        return prefix_out + suffix_out
+        self.most_queries, self.most_keys = int(np.diff(starts).max()), int(lengths.max())
+        self.window = (-1, 0) if causal else (-1, -1)
+
+    def attend(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, scaling: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, total = varlen_attn(
+            query.contiguous(),
+            keys,
+            values,
+            self.starts,
+            None,
+            self.most_queries,
+            self.most_keys,
+            return_aux=AuxRequest(lse=True),
+            scale=scaling,
+            window_size=self.window,
+            enable_gqa=query.shape[1] != keys.shape[2],
+            seqused_k=self.lengths,
+            block_table=self.tables,
+            num_splits=1,
+        )
+        return out, total.transpose(0, 1)  # [H, N] -> [N, H]

@@ -6,20 +6,58 @@ what trains is what rolls out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from dots_align.model.expert_parallel import compute_dtype, gathered, is_sharded
-from dots_align.model.router import RecordedRoutes, moe_layers, record_routes
-from dots_align.rollout.attention import DecodeStep, IdleStep, PrefillStep, RolloutStep, rollout_mode
-from dots_align.rollout.kv_cache import GroupedKVCache
+from dots_align.model.expert_parallel import compute_dtype, is_sharded
+from dots_align.model.router import moe_layers
+from dots_align.rollout.forward import TorchForward, rolling_out
+from dots_align.rollout.kv_cache import BlockPool
 from dots_align.rollout.sampling import sample
-from dots_align.rollout.scheduler import Admission, Scheduler
+from dots_align.rollout.scheduler import Finished, Scheduler, Step
 from dots_align.types import GenerationRequest, Sample
+
+# Flash attention on CUDA takes pages of multiples of 256 tokens; elsewhere small blocks waste less.
+_BLOCK_SIZES = {"cuda": 256}
+
+
+class RequestErrors(ValueError):
+    """Some requests failed; all others are done.
+
+    `errors`: message by request number. `samples`: what `generate` would have returned, with no samples for those.
+    """
+
+    def __init__(self, errors: dict[int, str], samples: list[list[Sample]]) -> None:
+        super().__init__("\n".join(errors[number] for number in sorted(errors)))
+        self.errors, self.samples = errors, samples
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A request that cannot be done, and why."""
+
+    request: int
+    message: str
+
+
+@dataclass
+class EngineStats:
+    """Counts since the engine was made."""
+
+    num_forwards: int = 0
+    num_prompt_tokens: int = 0
+    """Fed to a forward of several tokens a chain: prompts, and what had to be read again."""
+    num_sampled_tokens: int = 0
+    num_preempted: int = 0
+    peak_cache_bytes: int = 0
 
 
 def _anyone(busy: bool) -> bool:
@@ -29,46 +67,46 @@ def _anyone(busy: bool) -> bool:
     return bool(flag)
 
 
-class _Run:
-    """One call of `generate`: its requests, rows and cache; nothing at all where a process has no requests."""
-
-    def __init__(
-        self, engine: RolloutEngine, requests: list[GenerationRequest], return_routes: bool, recorded: RecordedRoutes
-    ) -> None:
-        self.engine, self.recorded = engine, recorded
-        self.state = engine._allocate(requests, return_routes) if requests else None
-
-    @property
-    def has_work(self) -> bool:
-        return self.state is not None and self.state[0].has_work
-
-    def turn(self) -> int:
-        """One forward: the prompts of groups that just got a slot, or else a token for every running sequence. Returns
-        how many sequences ended.
-        """
-        assert self.state is not None
-        scheduler, cache = self.state
-        if admitted := scheduler.admit():
-            return self.engine._prefill(scheduler, cache, admitted, self.recorded)
-        return self.engine._decode(scheduler, cache, self.recorded)
-
-    def results(self) -> list[list[Sample]]:
-        return [] if self.state is None else self.state[0].results()
-
-
 class RolloutEngine:
     """Continuous batching over a dots1 model.
 
+    `generate` is for a list of requests, `stream` gives their samples as they end. Underneath, `submit` puts a request
+    in line, `step` makes one forward, `abort` takes a request out as it stands.
+
     Args:
         model: a `Dots1ForCausalLM`, bare or under adapters, on any device. Of a sharded one every process has its own
-            engine, calls `generate` at the same time and may give it other requests, or none.
-        max_num_sequences: how many sequences decode at once; it bounds the cache.
+            engine, calls `generate` (or `stream`, or `step`) at the same time and may give it other requests, or none.
+        max_num_sequences: how many sequences decode at once.
+        kv_cache_bytes: the most memory for keys and values in this process. When it runs out, the sequences that came
+            last give way and are continued later. By default half of what is free, if that much is needed.
+        prefill_chunk_tokens: the most prompt tokens of one forward; they are read beside the decoding of others.
+        block_size: tokens in a block of the cache.
     """
 
-    def __init__(self, model: PreTrainedModel, max_num_sequences: int = 256) -> None:
-        if max_num_sequences < 1:
-            raise ValueError(f"max_num_sequences must be at least 1, got {max_num_sequences}")
-        self.model, self.max_num_sequences = model, max_num_sequences
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_num_sequences: int = 256,
+        kv_cache_bytes: int | None = None,
+        prefill_chunk_tokens: int = 8192,
+        block_size: int | None = None,
+    ) -> None:
+        for name, value in (("max_num_sequences", max_num_sequences), ("prefill_chunk_tokens", prefill_chunk_tokens)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        self.model: Any = model
+        self.device = next(model.parameters()).device
+        self.kv_cache_bytes = kv_cache_bytes
+        block_size = block_size or _BLOCK_SIZES.get(self.device.type, 16)
+        self.num_routing_layers = len(moe_layers(model))
+        routes = self.num_routing_layers, int(model.config.num_experts_per_tok)
+        self.scheduler = Scheduler(max_num_sequences, block_size, prefill_chunk_tokens, routes)
+        self.stats = EngineStats()
+        self._next_request = 0
+        self._ended: list[Finished] = []
+        self._session: TorchForward | None = None
+
+    # ---------------------------------------------------------------------------------------------- whole batches
 
     def generate(
         self,
@@ -87,122 +125,245 @@ class RolloutEngine:
             For each request, in order, its `num_samples` samples, in order.
 
         Raises:
-            ValueError: a prompt is empty, leaves no room in the context, or holds an id outside the vocabulary.
+            RequestErrors: after all others are done, if a request is impossible (empty prompt, no room in the context
+                or in the cache, id outside the vocabulary, nothing to generate) or its numbers became NaN.
         """
-        self._check(requests)
+        samples: list[dict[int, Sample]] = [{} for _ in requests]
+        errors: dict[int, str] = {}
+        for event in self.stream(requests, return_routes):
+            if isinstance(event, Failed):
+                errors[event.request] = event.message
+                samples[event.request] = {}
+                continue
+            samples[event.request][event.index] = event.sample
+            if on_finished is not None:
+                on_finished(1)
+        found = [[by_index[i] for i in sorted(by_index)] for by_index in samples]
+        if errors:
+            raise RequestErrors(errors, found)
+        return found
+
+    def stream(self, requests: list[GenerationRequest], return_routes: bool = False) -> Iterator[Finished | Failed]:
+        """The samples of requests as they end, numbered by their place in the list. If it is not read to its end, what
+        has not ended is lost; over several processes all have to read to the end.
+        """
         sharded = is_sharded(self.model)
         if not requests and not sharded:
-            return []
-        notify = on_finished or (lambda _: None)
-        with (
-            rollout_mode(self.model),
-            gathered(self.model) if sharded else nullcontext(),
-            record_routes(self.model) as recorded,
-        ):
-            run = _Run(self, requests, return_routes, recorded)
-            # One forward a turn, so that the processes of a sharded model, which compute each forward together, stay in
-            # step; one that has nothing left to do still answers for its experts.
-            while _anyone(run.has_work) if sharded else run.has_work:
-                if run.has_work:
-                    notify(run.turn())
-                else:
-                    self._idle(recorded)
-        return run.results()
+            return
+        numbers: dict[int, int] = {}
+        try:
+            with self.session():
+                for place, request in enumerate(requests):
+                    refusal = self.refusal(request)
+                    if refusal is not None:
+                        yield Failed(place, f"request {place}: {refusal}")
+                        continue
+                    numbers[self.submit(request, return_routes)] = place
+                while _anyone(self.has_work) if sharded else self.has_work:
+                    for event in self.step():
+                        place = numbers[event.request]
+                        if isinstance(event, Failed):
+                            yield Failed(place, f"request {place}: {event.message}")
+                        else:
+                            yield Finished(place, event.index, event.sample)
+        finally:
+            for number in numbers:
+                self.abort(number)
+            if not self.scheduler.has_work:
+                self.sleep()
 
-    def _check(self, requests: list[GenerationRequest]) -> None:
+    # ------------------------------------------------------------------------------------------------ one at a time
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._ended) or self.scheduler.has_work
+
+    def refusal(self, request: GenerationRequest) -> str | None:
+        """Why a request cannot be done, or None."""
         context, vocabulary = self.model.config.max_position_embeddings, self.model.config.vocab_size
-        for index, request in enumerate(requests):
-            length, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
-            if not request.prompt_ids:
-                raise ValueError(f"request {index}: the prompt is empty; give at least one token")
-            if max_tokens < 1 or request.num_samples < 1:
-                raise ValueError(f"request {index}: max_tokens ({max_tokens}) and num_samples must be at least 1")
-            if length + max_tokens > context:
-                raise ValueError(
-                    f"request {index}: prompt of {length} tokens plus max_tokens {max_tokens} exceeds the context of "
-                    f"{context} tokens; shorten the prompt or lower max_tokens"
-                )
-            if not 0 <= min(request.prompt_ids) <= max(request.prompt_ids) < vocabulary:
-                raise ValueError(f"request {index}: a token id lies outside the vocabulary (0 to {vocabulary - 1})")
+        length, max_tokens = len(request.prompt_ids), request.sampling.max_tokens
+        if not request.prompt_ids:
+            return "the prompt is empty; give at least one token"
+        if max_tokens < 1 or request.num_samples < 1:
+            return f"max_tokens ({max_tokens}) and num_samples ({request.num_samples}) must be at least 1"
+        if length + max_tokens > context:
+            return (
+                f"prompt of {length} tokens plus max_tokens {max_tokens} exceeds the context of {context} tokens; "
+                "shorten the prompt or lower max_tokens"
+            )
+        ids = [request.prompt_ids, *(s.response_ids for s in request.started if s.response_ids)]
+        if not all(0 <= min(some) <= max(some) < vocabulary for some in ids):
+            return f"a token id lies outside the vocabulary (0 to {vocabulary - 1})"
+        if len(request.started) > request.num_samples:
+            return f"{len(request.started)} samples were started, but num_samples is {request.num_samples}"
+        needed = self.scheduler.blocks_needed(request) * self._bytes_per_block()
+        if self.kv_cache_bytes is not None and needed > self.kv_cache_bytes:
+            return (
+                f"prompt and answer need {needed:,} bytes of keys and values, but kv_cache_bytes is "
+                f"{self.kv_cache_bytes:,}; raise it, shorten the prompt or lower max_tokens"
+            )
+        return None
 
-    def _allocate(self, requests: list[GenerationRequest], return_routes: bool) -> tuple[Scheduler, GroupedKVCache]:
-        config, parameter = self.model.config, next(self.model.parameters())
-        group_size = min(max(r.num_samples for r in requests), self.max_num_sequences)
-        num_blocks = sum(-(-r.num_samples // group_size) for r in requests)
-        num_groups = min(max(self.max_num_sequences // group_size, 1), num_blocks)
-        suffix_capacity = max(r.sampling.max_tokens for r in requests)
-        routes = (len(moe_layers(self.model)), config.num_experts_per_tok) if return_routes else None
-        scheduler = Scheduler(requests, num_groups, group_size, suffix_capacity, parameter.device, routes)
-        cache = GroupedKVCache(
+    def submit(self, request: GenerationRequest, return_routes: bool = False) -> int:
+        """Puts a request in line; returns its number, by which `step` and `abort` know it.
+
+        Raises:
+            ValueError: it cannot be done.
+        """
+        refusal = self.refusal(request)
+        if refusal is not None:
+            raise ValueError(refusal)
+        number = self._next_request
+        self._next_request += 1
+        self._ended += self.scheduler.add(number, request, return_routes and self.num_routing_layers > 0)
+        return number
+
+    def step(self) -> list[Finished | Failed]:
+        """One forward: a token for every running sequence and a chunk of the prompts that wait. Returns what ended.
+
+        Of a sharded model all processes make a step together, also those that have no work.
+        """
+        with self.session() as forward, torch.no_grad():
+            ended: list[Finished | Failed] = [*self._ended]
+            self._ended = []
+            self._make_pool()
+            self.scheduler.admit()
+            step = self.scheduler.plan()
+            logits = self._forward(forward, step)
+            ended += self._sample(forward, step, logits)
+            self.stats.num_preempted = self.scheduler.num_preempted
+            return ended
+
+    def abort(self, number: int) -> list[Finished]:
+        """Takes a request out; its unfinished samples as they stand (`finish_reason` abort). A number that is not, or
+        no longer, in work is no error.
+        """
+        ended = [f for f in self._ended if f.request == number]
+        self._ended = [f for f in self._ended if f.request != number]
+        if number not in self.scheduler.requests:
+            return ended
+        return sorted([*ended, *self.scheduler.remove(number)], key=lambda f: f.index)
+
+    def sleep(self) -> None:
+        """Frees the cache. Running sequences wait, and are read again by the next `step`."""
+        if self.scheduler.pool is not None:
+            self.scheduler.put_all_back()
+            self.scheduler.pool = None
+
+    def wake(self) -> None:
+        """Takes the cache's memory again; the next `step` would do it too."""
+        self._make_pool()
+
+    def weights_changed(self) -> None:
+        """What is cached was computed with other weights: running sequences are read again with the new ones."""
+        self.scheduler.put_all_back()
+
+    @contextmanager
+    def session(self) -> Iterator[TorchForward]:
+        """Keeps the model as the engine needs it over several steps, which then cost less."""
+        if self._session is not None:
+            yield self._session
+            return
+        with rolling_out(self.model) as forward:
+            self._session = forward
+            try:
+                yield forward
+            finally:
+                self._session = None
+
+    # -------------------------------------------------------------------------------------------------------- parts
+
+    def _forward(self, forward: TorchForward, step: Step | None) -> torch.Tensor | None:
+        if step is None:
+            if is_sharded(self.model):
+                forward.idle()
+            return None
+        pool = self.scheduler.pool
+        assert pool is not None
+        want_routes = self.scheduler.rows.routes is not None
+        logits, routes = forward(step.plan, pool, want_routes)
+        self.scheduler.advance(step, logits, routes)
+        self.stats.num_forwards += 1
+        self.stats.num_prompt_tokens += step.plan.num_tokens - int((step.counts == 1).sum())
+        self.stats.peak_cache_bytes = max(self.stats.peak_cache_bytes, pool.peak_blocks * pool.bytes_per_block)
+        return logits
+
+    def _sample(self, forward: TorchForward, step: Step | None, logits: torch.Tensor | None) -> list[Finished | Failed]:
+        """The next token of every sequence whose last one has been read; what ended by it."""
+        scheduler, beginners = self.scheduler, self.scheduler.beginners()
+        rows, parts = beginners, []
+        if step is not None and logits is not None and len(step.ends_rows):
+            rows = np.concatenate([step.ends_rows, beginners])
+            parts.append(logits[len(step.ends_prompts) :])
+        if len(beginners):
+            parts.append(scheduler.first_logits(beginners))
+        if not parts:
+            return []
+        table = scheduler.rows.sampling_table(rows, self.device)
+        positions = torch.from_numpy(scheduler.rows.length[rows]).to(self.device)
+        drawn = sample(parts[0] if len(parts) == 1 else torch.cat(parts), table, positions)
+        tokens, rollout_logprobs, logprobs = (x.cpu().numpy() for x in drawn)
+        failed = self._fail_broken(forward, rows, logprobs)
+        if failed:
+            alive = scheduler.rows.active[rows]
+            rows, tokens, rollout_logprobs, logprobs = (x[alive] for x in (rows, tokens, rollout_logprobs, logprobs))
+        self.stats.num_sampled_tokens += len(rows)
+        ended, stopped = scheduler.rows.append(rows, tokens, rollout_logprobs, logprobs)
+        return [*failed, *scheduler.finish(ended.tolist(), stopped.tolist())]
+
+    def _fail_broken(self, forward: TorchForward, rows: np.ndarray, logprobs: np.ndarray) -> list[Failed]:
+        """Takes out the requests of rows whose logits were NaN or infinite."""
+        broken = rows[~np.isfinite(logprobs)]
+        failed: dict[int, Failed] = {}
+        for row in broken.tolist():
+            number = int(self.scheduler.rows.request[row])
+            if number in failed:
+                continue
+            length = int(self.scheduler.rows.length[row])
+            tokens = [*self.scheduler.requests[number].prompt_ids, *self.scheduler.rows.tokens[row, :length].tolist()]
+            # Over several processes no other would take part in the search.
+            where = "" if is_sharded(self.model) else f", first in {forward.first_broken_layer(tokens)}"
+            failed[number] = Failed(
+                number, f"the logits after {len(tokens)} tokens are NaN or infinite{where}; look at the weights there"
+            )
+            self.scheduler.remove(number, erase=True)
+        return list(failed.values())
+
+    def _bytes_per_block(self) -> int:
+        config = self.model.config
+        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return numbers * self.scheduler.block_size * compute_dtype(self.model).itemsize
+
+    def _make_pool(self) -> None:
+        """A cache as large as what is in line could need, within the budget; grown when more gets in line."""
+        scheduler, per_block = self.scheduler, self._bytes_per_block()
+        if scheduler.pool is not None and not scheduler.waiting:
+            return
+        budget = self.kv_cache_bytes
+        if budget is None:
+            held = 0 if scheduler.pool is None else scheduler.pool.num_blocks * per_block
+            budget = held + _free_memory(self.device) // 2
+        wanted = min(scheduler.most_blocks(), budget // per_block)
+        if scheduler.pool is not None:
+            if wanted > scheduler.pool.num_blocks:
+                scheduler.pool.grow(wanted)
+            return
+        if not scheduler.requests:
+            return
+        config = self.model.config
+        scheduler.pool = BlockPool(
             config.num_hidden_layers,
             config.num_key_value_heads,
             config.head_dim,
-            num_groups,
-            group_size,
-            max(len(r.prompt_ids) for r in requests),
-            suffix_capacity,
+            max(wanted, max(map(scheduler.blocks_needed, scheduler.requests.values()))),
+            scheduler.block_size,
             compute_dtype(self.model),
-            parameter.device,
+            self.device,
         )
-        return scheduler, cache
 
-    def _forward(
-        self, tokens: torch.Tensor, positions: torch.Tensor, step: RolloutStep, last: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """tokens and positions [N] of any sequences -> logits [M, V] after the M positions `last`, or after all."""
-        # A mask given as a dict is taken as prepared: masking is the step's own business.
-        output = self.model(
-            input_ids=tokens[None],
-            position_ids=positions[None],
-            attention_mask={"full_attention": None},
-            use_cache=False,
-            rollout_step=step,
-            logits_to_keep=0 if last is None else last,
-        )
-        return output.logits[0]
 
-    def _idle(self, recorded: RecordedRoutes) -> None:
-        """A forward of one token that nobody asked for."""
-        token = torch.zeros(1, dtype=torch.long, device=next(self.model.parameters()).device)
-        self._forward(token, token, IdleStep())
-        recorded.routes.clear()
-
-    def _prefill(
-        self, scheduler: Scheduler, cache: GroupedKVCache, admitted: list[Admission], recorded: RecordedRoutes
-    ) -> int:
-        """Runs the prompts of the admitted groups once each and samples the first token of all their sequences."""
-        device = scheduler.device
-        prompts = [scheduler.requests[a.request].prompt_ids for a in admitted]
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        tokens = torch.tensor([t for p in prompts for t in p], device=device)
-        ends = lengths.cumsum(0)
-        prompt_index = torch.repeat_interleave(torch.arange(len(prompts), device=device), lengths)
-        positions = torch.arange(len(tokens), device=device) - (ends - lengths)[prompt_index]
-        slots = torch.tensor([a.slot for a in admitted], device=device)
-        cache.prefix_lengths[slots] = lengths
-        step = PrefillStep(cache, slots, prompt_index, positions, int(lengths.max()))
-        logits = self._forward(tokens, positions, step, ends - 1)
-        routes = recorded.take() if moe_layers(self.model) else None
-        if scheduler.row_routes is not None and routes is not None:
-            for admission, part in zip(admitted, routes.split(lengths.tolist()), strict=True):
-                scheduler.prompt_routes[admission.slot] = part
-        rows = torch.cat([scheduler.rows_of(a) for a in admitted])
-        counts = torch.tensor([a.count for a in admitted], device=device)
-        return self._sample(scheduler, rows, logits.repeat_interleave(counts, dim=0))
-
-    def _decode(self, scheduler: Scheduler, cache: GroupedKVCache, recorded: RecordedRoutes) -> int:
-        """Feeds every running sequence its last token and samples the next one."""
-        rows = scheduler.active_rows()
-        at = scheduler.lengths[rows] - 1
-        logits = self._forward(
-            scheduler.tokens[rows, at], scheduler.prompt_lengths[rows] + at, DecodeStep(cache, rows, at)
-        )
-        routes = recorded.take() if moe_layers(self.model) else None
-        if scheduler.row_routes is not None and routes is not None:
-            scheduler.row_routes[rows, at] = routes
-        return self._sample(scheduler, rows, logits)
-
-    def _sample(self, scheduler: Scheduler, rows: torch.Tensor, logits: torch.Tensor) -> int:
-        """logits [N, V] of the next tokens of `rows`."""
-        tokens, rollout_logprobs, logprobs = sample(logits, scheduler.sampling[rows], scheduler.lengths[rows])
-        return scheduler.append(rows, tokens, rollout_logprobs, logprobs)
+def _free_memory(device: torch.device) -> int:
+    """Bytes."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available

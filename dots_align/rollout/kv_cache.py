@@ -7,7 +7,7 @@ import torch
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Zeros; on a CPU their memory is only taken when it is first written (calloc), so an unused block costs nothing."""
+    """Zeros; on a CPU their memory is only taken when first written (calloc), so an unused block costs nothing."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     bits = {2: np.int16, 4: np.int32, 8: np.int64}[dtype.itemsize]
@@ -61,6 +61,18 @@ class BlockPool:
     def give_back(self, blocks: np.ndarray) -> None:
         self._free[self._num_free : self._num_free + len(blocks)] = blocks
         self._num_free += len(blocks)
+
+    def grow(self, num_blocks: int) -> None:
+        """More blocks; those there keep their ids and content. One layer's copy at a time."""
+        for layers in (self.keys, self.values):
+            for index, old in enumerate(layers):
+                layers[index] = _zeros((num_blocks, *old.shape[1:]), old.dtype, old.device)
+                layers[index][: self.num_blocks] = old
+        new = np.arange(num_blocks - 1, self.num_blocks - 1, -1, dtype=np.int32)
+        free = np.concatenate([new, self._free[: self._num_free]])
+        self._free = np.zeros(num_blocks, np.int32)
+        self._free[: len(free)] = free
+        self._num_free, self.num_blocks = len(free), num_blocks
 
     def erase(self, blocks: np.ndarray) -> None:
         """Makes blocks that may hold NaN or infinity harmless for whoever takes them next."""

@@ -19,8 +19,8 @@ Ints = np.ndarray  # int32
 class ForwardPlan:
     """N tokens of C chains, chain after chain; chains with the same prefix are neighbours.
 
-    Token i of chain c is number `cached[c] + i - starts[c]` of that chain. It sees the whole prefix of its chain and, of
-    the chain itself, every token up to itself. Its own keys and values are written before anyone reads them.
+    Token i of chain c is number `cached[c] + i - starts[c]` of that chain. It sees the whole prefix of its chain and,
+    of the chain itself, every token up to itself. Its own keys and values are written before anyone reads them.
 
     All arrays are int32, C-contiguous.
     """
@@ -29,8 +29,10 @@ class ForwardPlan:
     positions: Ints  # [N] in the sequence, prefix included: what the rotary embedding sees
     starts: Ints  # [C + 1] first token of each chain in `tokens`, and N
     cached: Ints  # [C] tokens of the chain that the cache holds already
-    tables: Ints  # [C, B] blocks of each chain in order; entries past its last block are arbitrary valid ids
-    prefix_starts: Ints  # [P + 1] first token in `tokens` of the chains of each prefix; chains before prefix_starts[0] have none
+    tables: Ints  # [C, B] blocks of each chain in order; entries past its last block repeat its first
+    prefix_starts: (
+        Ints  # [P + 1] first token in `tokens` of the chains of each prefix; chains before prefix_starts[0] have none
+    )
     prefix_tables: Ints  # [P, B'] blocks of each prefix
     prefix_lengths: Ints  # [P] tokens in each prefix
     logits_at: Ints  # [M] indices into `tokens` after which logits are wanted, ascending

@@ -41,20 +41,27 @@ def uniforms(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class SamplingTable:
-    """The sampling parameters of N rows as tensors [N]; `temperature` 0 is greedy, `top_k` 0 and `top_p` 1 are off."""
+    """The sampling parameters of N rows as tensors [N]: fp32 `temperature` (0 is greedy), `top_p`, `min_p`, int64
+    `top_k` and `keys`. `filtered`: whether any row uses a filter; `tempered`: whether any has a temperature not 1.
+    """
 
     temperature: torch.Tensor
     top_p: torch.Tensor
     top_k: torch.Tensor
+    min_p: torch.Tensor
     keys: torch.Tensor
+    filtered: bool = True
+    tempered: bool = True
 
     def __getitem__(self, rows: torch.Tensor) -> SamplingTable:
-        return SamplingTable(self.temperature[rows], self.top_p[rows], self.top_k[rows], self.keys[rows])
+        columns = self.temperature, self.top_p, self.top_k, self.min_p, self.keys
+        return SamplingTable(*(column[rows] for column in columns), self.filtered, self.tempered)
 
 
 def _filtered(logits: torch.Tensor, table: SamplingTable) -> torch.Tensor:
-    """Applies top-k, then top-p (the smallest set that reaches the mass): what falls out becomes -inf. logits [N,
-    V].
+    """Applies top-k, top-p (the smallest set that reaches the mass), then min-p: what falls out becomes -inf.
+
+    logits [N, V], tempered.
     """
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     rank = torch.arange(logits.shape[-1], device=logits.device)[None]
@@ -64,6 +71,9 @@ def _filtered(logits: torch.Tensor, table: SamplingTable) -> torch.Tensor:
     mass_before = probabilities.cumsum(-1) - probabilities
     dropped = (mass_before >= table.top_p[:, None]) & (table.top_p[:, None] < 1)
     ordered = ordered.masked_fill(dropped, float("-inf"))
+    # The share of the likeliest token's probability is a difference of logits, whatever has been dropped.
+    unlikely = ordered < ordered[:, :1] + table.min_p[:, None].log()
+    ordered = ordered.masked_fill(unlikely, float("-inf"))
     return torch.empty_like(logits).scatter_(-1, order, ordered)
 
 
@@ -79,23 +89,27 @@ def sample(
 
     Returns:
         tokens [N] int64; their log-probability [N] under the distribution sampled from (0 for greedy rows);
-        their log-probability [N] under the model itself (temperature 1, no filter).
+        their log-probability [N] under the model itself (temperature 1, no filter). Of a row with NaN among its logits
+        the log-probabilities are NaN and the token means nothing.
     """
     logits = logits.float()
-    model_logprobs = logits.log_softmax(-1)
+    total = logits.logsumexp(-1, keepdim=True)
     greedy = table.temperature == 0
-    scaled = logits / torch.where(greedy, 1.0, table.temperature)[:, None]
-    if bool(((table.top_k > 0) | (table.top_p < 1)).any()):
+    scaled, scaled_total = logits, total
+    if table.tempered:
+        scaled = logits / torch.where(greedy, 1.0, table.temperature)[:, None]
+    if table.filtered:
         scaled = _filtered(scaled, table)
-    sampling_logprobs = scaled.log_softmax(-1)
-    cdf = sampling_logprobs.exp().cumsum(-1)
+    if table.tempered or table.filtered:
+        scaled_total = scaled.logsumexp(-1, keepdim=True)
+    cdf = (scaled - scaled_total).exp_().cumsum(-1)
     # right=True finds the first entry above the draw, which therefore has mass: a filtered token can never be drawn.
     draw = (uniforms(table.keys, positions)[:, None] * cdf[:, -1:].double()).to(cdf.dtype)
-    drawn = torch.searchsorted(cdf, draw, right=True).squeeze(-1).clamp_(max=logits.shape[-1] - 1)
+    drawn = torch.searchsorted(cdf, draw, right=True)
     # A draw that rounds up to the total itself would fall past the last token with mass.
-    last_with_mass = (cdf < cdf[:, -1:]).sum(-1)
-    drawn = torch.minimum(drawn, last_with_mass)
-    tokens = torch.where(greedy, logits.argmax(-1), drawn)
-    pick = tokens[:, None]
-    chosen = sampling_logprobs.gather(-1, pick).squeeze(-1)
-    return tokens, torch.where(greedy, 0.0, chosen), model_logprobs.gather(-1, pick).squeeze(-1)
+    drawn = torch.minimum(drawn, (cdf < cdf[:, -1:]).sum(-1, keepdim=True))
+    tokens = torch.where(greedy[:, None], logits.argmax(-1, keepdim=True), drawn)
+    logprobs = (logits.gather(-1, tokens) - total).squeeze(-1)
+    chosen = (scaled.gather(-1, tokens) - scaled_total).squeeze(-1)
+    # 0 * NaN keeps a broken row's log-probability NaN.
+    return tokens.squeeze(-1), torch.where(greedy, 0.0 * logprobs, chosen), logprobs

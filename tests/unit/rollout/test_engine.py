@@ -12,7 +12,7 @@ from transformers import Dots1ForCausalLM
 
 from dots_align.model.packed import pack
 from dots_align.model.router import find_flips, record_routes
-from dots_align.rollout.engine import RolloutEngine
+from dots_align.rollout.engine import RequestErrors, RolloutEngine
 from dots_align.types import GenerationRequest, Sample, SamplingParams
 
 LENGTHS = (3, 40, 1, 17, 8, 25, 2)
@@ -245,18 +245,21 @@ def test_the_model_is_left_as_it_was(
         (GenerationRequest([-1]), "request 1: a token id lies outside the vocabulary"),
         (
             GenerationRequest([1], 1, SamplingParams(max_tokens=0)),
-            "request 1: max_tokens (0) and num_samples must be at least 1",
+            "request 1: max_tokens (0) and num_samples (1) must be at least 1",
         ),
-        (GenerationRequest([1], 0), "num_samples must be at least 1"),
+        (GenerationRequest([1], 0), "num_samples (0) must be at least 1"),
     ],
 )
-def test_impossible_requests_are_refused_before_anything_runs(
+def test_an_impossible_request_is_refused_and_the_others_are_done(
     model: Dots1ForCausalLM, request_: GenerationRequest, told: str
 ) -> None:
-    with fed_tokens(model) as counts, pytest.raises(ValueError) as caught:  # noqa: PT011 - looked at below
-        RolloutEngine(model).generate([GenerationRequest([1, 2, 3]), request_])
+    fine = [GenerationRequest([1, 2, 3], 2), GenerationRequest([4, 5], 1)]
+    with pytest.raises(RequestErrors) as caught:
+        RolloutEngine(model).generate([fine[0], request_, fine[1]])
     assert told in str(caught.value)
-    assert counts == []
+    assert list(caught.value.errors) == [1]
+    wanted = RolloutEngine(model).generate(fine)
+    assert caught.value.samples == [wanted[0], [], wanted[1]]
 
 
 def test_a_prompt_and_answer_that_fill_the_context(model: Dots1ForCausalLM) -> None:

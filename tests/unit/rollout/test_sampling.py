@@ -12,11 +12,14 @@ from dots_align.rollout.sampling import SamplingTable, sample, sample_keys, unif
 LOGITS = torch.tensor([2.0, -1.0, 0.5, 1.0, 0.0, -3.0, 1.5, float("-inf")])
 
 
-def table(rows: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0) -> SamplingTable:
+def table(
+    rows: int, temperature: float = 1.0, top_p: float = 1.0, top_k: int = 0, min_p: float = 0.0, seed: int = 0
+) -> SamplingTable:
     return SamplingTable(
         torch.full((rows,), temperature),
         torch.full((rows,), top_p),
         torch.full((rows,), top_k),
+        torch.full((rows,), min_p),
         sample_keys(torch.full((rows,), seed), torch.arange(rows)),
     )
 
@@ -54,6 +57,22 @@ def test_top_p_keeps_the_smallest_set_that_reaches_the_mass(top_p: float, kept: 
     tokens, sampled, _ = draw(top_p=top_p)
     assert set(tokens.tolist()) == kept
     torch.testing.assert_close(sampled.exp(), (probabilities / probabilities[list(kept)].sum())[tokens])
+
+
+@pytest.mark.parametrize(("min_p", "kept"), [(1.0, {0}), (0.6, {0, 6}), (0.3, {0, 6, 3}), (0.2, {0, 6, 3, 2})])
+def test_min_p_keeps_what_has_that_share_of_the_likeliest(min_p: float, kept: set[int]) -> None:
+    probabilities = LOGITS.softmax(-1)
+    assert kept == {i for i, p in enumerate(probabilities.tolist()) if p >= min_p * float(probabilities.max())}
+    tokens, sampled, _ = draw(min_p=min_p)
+    assert set(tokens.tolist()) == kept
+    torch.testing.assert_close(sampled.exp(), (probabilities / probabilities[list(kept)].sum())[tokens])
+
+
+def test_a_row_of_nan_is_told_by_its_logprobs() -> None:
+    logits = torch.stack([LOGITS, torch.full_like(LOGITS, float("nan")), LOGITS])
+    for temperature in (0.0, 1.0, 0.5):
+        _, sampled, own = sample(logits, table(3, temperature=temperature), torch.zeros(3, dtype=torch.long))
+        assert torch.isfinite(own).tolist() == torch.isfinite(sampled).tolist() == [True, False, True]
 
 
 def test_top_p_stops_where_the_mass_is_reached_exactly() -> None:
