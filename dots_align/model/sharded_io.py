@@ -74,14 +74,9 @@ def load_weights(model: nn.Module, directory: Path) -> None:
     """
     files = HubFiles(directory)
     for name, tensor in hub_tensors(model).items():
-        shape, offset, target = tuple(tensor.shape), (0,) * tensor.dim(), tensor
-        if isinstance(tensor, DTensor):
-            shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-            target = tensor.to_local()
-        if target.numel() == 0:
-            continue
-        part = tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
-        fill(files, name, tensor.shape, part, target)
+        target, part = own_part(tensor)
+        if target.numel():
+            fill(files, name, tensor.shape, part, target)
 
 
 def fill(files: HubFiles, name: str, shape: torch.Size, part: tuple[slice, ...], target: torch.Tensor) -> None:
@@ -132,17 +127,20 @@ def full_tensor(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
 
 
+def own_part(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[slice, ...]]:
+    """What this rank holds of a (possibly sharded) tensor, sharing its storage, and where in the whole that lies."""
+    shape, offset, own = tuple(tensor.shape), (0,) * tensor.dim(), tensor
+    if isinstance(tensor, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        own = tensor.to_local()
+    return own, tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
+
+
 def place_part(parameter: torch.Tensor, whole: torch.Tensor) -> None:
     """Writes this rank's part of `whole` into a (possibly sharded) parameter."""
     with torch.no_grad():
-        if isinstance(parameter, DTensor):
-            shape, offset = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-            part = tuple(slice(first, first + size) for first, size in zip(offset, shape, strict=True))
-            parameter.to_local().copy_(whole[part])
-        else:
-            parameter.copy_(whole)
+        own, part = own_part(parameter)
+        own.copy_(whole[part])
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ PRELOAD = [
     "router_cases",
     "sharding_cases",
     "stage_cases",
+    "sync_cases",
 ]
 TIMEOUT_SECONDS = 300
 
@@ -54,8 +55,10 @@ def _worker(
         raise
 
 
-def launch(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What `function(*arguments)` returned on each rank; raises with the first failing rank's traceback."""
+def launch(world_size: int, function: Callable[..., Any], *arguments: Any, dying: tuple[int, ...] = ()) -> list[Any]:
+    """What `function(*arguments)` returned on each rank, None for those that are meant to die; raises with the first
+    failing rank's traceback.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
     results = context.Queue()
@@ -66,14 +69,14 @@ def launch(world_size: int, function: Callable[..., Any], *arguments: Any) -> li
     ]
     for worker in workers:
         worker.start()
-    found: dict[int, Any] = {}
+    found: dict[int, Any] = dict.fromkeys(dying)
     give_up = time.monotonic() + TIMEOUT_SECONDS
     try:
         while len(found) < world_size:
             try:
                 rank, value, error = results.get(timeout=1)
             except queue.Empty:
-                dead = [rank for rank, worker in enumerate(workers) if worker.exitcode]
+                dead = [rank for rank, worker in enumerate(workers) if worker.exitcode and rank not in dying]
                 assert not dead, f"ranks {dead} of {world_size} died without a word"
                 assert time.monotonic() < give_up, (
                     f"no result after {TIMEOUT_SECONDS} s; ranks {sorted(found)} are done"
