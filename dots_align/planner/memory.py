@@ -17,11 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from dots_align.planner.activations import LayerMemory, MicroBatch, dense_layer, head, logits_chunk, moe_layer
 from dots_align.planner.shards import Group, Shards
-from dots_align.rollout.kv_cache import GroupedKVCache
+from dots_align.rollout.kv_cache import block_size
 
 # What a process's memory is spent on, in the order of the table.
 CATEGORIES = (
@@ -193,34 +191,39 @@ class MemoryModel:
         """All weights are gathered for as long as it takes, beside the cache."""
         prompts, size = self._prompts(rollout), self.work.batch.itemsize
         config, rows = self.config, rollout.groups * rollout.group_size
-        cache = GroupedKVCache(
-            config.num_hidden_layers,
-            config.num_key_value_heads,
-            config.head_dim,
-            rollout.groups,
-            rollout.group_size,
-            rollout.prompt_tokens,
-            rollout.max_tokens,
-            torch.bfloat16 if size == 2 else torch.float32,
-            torch.device("meta"),
-        )
-        # Sampling: logits in the dtype of computation and fp32, then log-probabilities, scaled, their sum and so on.
-        logits = rows * config.vocab_size * (size + 5 * 4)
+        block = block_size("cpu" if self.work.on_cpu else "cuda")
+        prompt, response = (-(-n // block) * block for n in (rollout.prompt_tokens, rollout.max_tokens))
+        cache = (rollout.groups * prompt + rows * response) * config.num_hidden_layers * self._kv_bytes()
+        # Sampling: logits in the dtype of computation and fp32, scaled, as probabilities, and their running sum.
+        logits = rows * config.vocab_size * (size + 4 * 4)
         prefill = self._layer(moe_layer, prompts).in_forward + size * (
             prompts.received * (config.hidden_size + 3 * config.moe_intermediate_size)
             + prompts.attended * 4 * config.num_attention_heads * config.head_dim
         )
-        # One token of each sequence: scores against the whole cache of a layer, in fp32, and their weights.
-        heads = config.num_attention_heads
-        decode = rows * heads * (rollout.prompt_tokens + rollout.max_tokens) * 3 * 4
+        decode = 0
+        if self.work.on_cpu:
+            of_prompts = self._gathered_attention(rollout.groups, rows, prompt)
+            prefill += self._gathered_attention(rollout.groups, prompts.tokens, prompt)
+            decode = max(self._gathered_attention(rows, rows, response), of_prompts)
         everything = sum(self.gathered(g) for g in self.shards.groups)
         largest = max(self._buffer(g) for g in self.shards.groups)
         return self._moment(
             gathered=everything + largest,
             activations=max(prefill, decode),
             logits=logits,
-            cache=cache.num_bytes,
+            cache=cache,
         )
+
+    def _kv_bytes(self) -> int:
+        """Keys and values of a token in a layer."""
+        return 2 * self.config.num_key_value_heads * self.config.head_dim * self.work.batch.itemsize
+
+    def _gathered_attention(self, segments: int, queries: int, keys: int) -> int:
+        """Where there is no flash attention on pages: keys and values are gathered, and one of them copied once more to
+        be multiplied; scores are there in two dtypes, and their weights.
+        """
+        scores = queries * self.config.num_attention_heads * keys * (2 * self.work.batch.itemsize + 4)
+        return segments * keys * self._kv_bytes() * 3 // 2 + scores
 
     # ----------------------------------------------------------------------------------------------------- parts
 

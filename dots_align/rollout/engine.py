@@ -20,13 +20,10 @@ from transformers import PreTrainedModel
 from dots_align.model.expert_parallel import compute_dtype, is_sharded
 from dots_align.model.router import moe_layers
 from dots_align.rollout.forward import TorchForward, rolling_out
-from dots_align.rollout.kv_cache import BlockPool
+from dots_align.rollout.kv_cache import BlockPool, block_size
 from dots_align.rollout.sampling import sample
 from dots_align.rollout.scheduler import Finished, Scheduler, Step
 from dots_align.types import GenerationRequest, Sample
-
-# Flash attention on CUDA takes pages of multiples of 256 tokens; elsewhere small blocks waste less.
-_BLOCK_SIZES = {"cuda": 256}
 
 
 class RequestErrors(ValueError):
@@ -80,7 +77,7 @@ class RolloutEngine:
         kv_cache_bytes: the most memory for keys and values in this process. When it runs out, the sequences that came
             last give way and are continued later. By default half of what is free, if that much is needed.
         prefill_chunk_tokens: the most prompt tokens of one forward; they are read beside the decoding of others.
-        block_size: tokens in a block of the cache.
+        cache_block_size: tokens in a block of the cache.
     """
 
     def __init__(
@@ -89,7 +86,7 @@ class RolloutEngine:
         max_num_sequences: int = 256,
         kv_cache_bytes: int | None = None,
         prefill_chunk_tokens: int = 8192,
-        block_size: int | None = None,
+        cache_block_size: int | None = None,
     ) -> None:
         for name, value in (("max_num_sequences", max_num_sequences), ("prefill_chunk_tokens", prefill_chunk_tokens)):
             if value < 1:
@@ -97,10 +94,10 @@ class RolloutEngine:
         self.model: Any = model
         self.device = next(model.parameters()).device
         self.kv_cache_bytes = kv_cache_bytes
-        block_size = block_size or _BLOCK_SIZES.get(self.device.type, 16)
+        size = cache_block_size or block_size(self.device.type)
         self.num_routing_layers = len(moe_layers(model))
         routes = self.num_routing_layers, int(model.config.num_experts_per_tok)
-        self.scheduler = Scheduler(max_num_sequences, block_size, prefill_chunk_tokens, routes)
+        self.scheduler = Scheduler(max_num_sequences, size, prefill_chunk_tokens, routes)
         self.stats = EngineStats()
         self._next_request = 0
         self._ended: list[Finished] = []

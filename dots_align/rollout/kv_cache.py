@@ -6,6 +6,11 @@ import numpy as np
 import torch
 
 
+def block_size(device_type: str) -> int:
+    """Tokens in a block of the cache. Flash attention on CUDA wants multiples of 256; small blocks waste less."""
+    return 256 if device_type == "cuda" else 16
+
+
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros; on a CPU their memory is only taken when first written (calloc), so an unused block costs nothing."""
     if device.type != "cpu":

@@ -55,7 +55,7 @@ class SamplingTable:
 
     def __getitem__(self, rows: torch.Tensor) -> SamplingTable:
         columns = self.temperature, self.top_p, self.top_k, self.min_p, self.keys
-        return SamplingTable(*(column[rows] for column in columns), self.filtered, self.tempered)
+        return SamplingTable(*[column[rows] for column in columns], filtered=self.filtered, tempered=self.tempered)
 
 
 def _filtered(logits: torch.Tensor, table: SamplingTable) -> torch.Tensor:

@@ -109,6 +109,7 @@ def test_rollout(name):
         reshard=True,
         mixed=True,
         rollout=batch,
+        on_cpu=True,
     )
     moment = MemoryModel(training.config, _shards(training), work).phases()["rollout"]
     assert abs(_report(name, sum(moment.values()), _measured(case.world)[name])) < TOLERANCE

@@ -151,15 +151,15 @@ def test_prompts_are_cached_once_a_group(planned):
     plan = planned(GRPO)
     config = preset_config("small")
     one_token = config.num_hidden_layers * 2 * config.num_attention_heads * config.head_dim * 2
-    # 8 sequences at once are 2 groups of 4.
-    assert plan.phases["rollout"]["KV cache"] == one_token * (2 * 28 + 8 * 100)
-    assert planned(GRPO, "rollout.max_num_sequences=4").phases["rollout"]["KV cache"] * 2 == one_token * (56 + 800)
+    # 8 sequences at once are 2 groups of 4; prompts of 28 and answers of 100 tokens take a block of 256 each.
+    assert plan.phases["rollout"]["KV cache"] == one_token * (2 + 8) * 256
+    assert planned(GRPO, "rollout.max_num_sequences=4").phases["rollout"]["KV cache"] == one_token * (1 + 4) * 256
 
 
 def test_the_released_model_caches_about_a_megabyte_a_token(planned, tmp_path: Path):
     released = {**GRPO, "model": {"path": str(tmp_path / "nowhere"), "dtype": "bfloat16"}, "parallel": {"ep": 8}}
     plan = planned(released, launch=Launch(1, 8), prompt_tokens=12)
-    assert plan.phases["rollout"]["KV cache"] / (12 + 4 * 100) / 2 == pytest.approx(1.0158e6, rel=1e-3)
+    assert plan.phases["rollout"]["KV cache"] / ((1 + 4) * 256) / 2 == pytest.approx(1.0158e6, rel=1e-3)
     assert plan.phases["rollout"]["gathered weights"] > 45 * GIB  # whole layers, of all but the other GPUs' experts
 
 

@@ -10,17 +10,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sample_checks import assert_same
 from transformers import Dots1ForCausalLM
 
-from dots_align.model.packed import pack
-from dots_align.model.router import find_flips, record_routes
 from dots_align.rollout.engine import Failed, RequestErrors, RolloutEngine
 from dots_align.rollout.scheduler import Finished
 from dots_align.types import GenerationRequest, Sample, SamplingParams
 
 STOP = tuple(range(60))
-TIE = 1e-6
-"""A difference in the router's scores below which rounding may choose either expert."""
 
 
 def sampling(seed: int, max_tokens: int) -> SamplingParams:
@@ -29,35 +26,6 @@ def sampling(seed: int, max_tokens: int) -> SamplingParams:
 
 def bytes_for(engine: RolloutEngine, blocks: int) -> int:
     return blocks * engine._bytes_per_block()
-
-
-def is_a_tie(model: Dots1ForCausalLM, prompt: list[int], one: Sample, other: Sample) -> bool:
-    """Whether two samples part only because rounding decided between two experts or two tokens."""
-    ids = list(zip(one.response_ids, other.response_ids, strict=False))
-    shared = next((i for i, (a, b) in enumerate(ids) if a != b), len(ids))
-    with torch.no_grad(), record_routes(model, with_gaps=True) as recorded:
-        model(**pack([prompt + one.response_ids[: shared + 1]], torch.device("cpu")).model_inputs())
-    gaps = recorded.gaps[0]
-    assert one.routes is not None
-    flips = [find_flips(recorded.routes[0], gaps, s.routes or b"") for s in (one, other)]
-    return all(f.root_gap < TIE for f in flips) and any(f.num_roots for f in flips)
-
-
-def assert_same(
-    model: Dots1ForCausalLM, requests: list[GenerationRequest], found: list[list[Sample]], wanted: list[list[Sample]]
-) -> None:
-    for request, ours, theirs in zip(requests, found, wanted, strict=True):
-        assert len(ours) == len(theirs) == request.num_samples
-        for a, b in zip(ours, theirs, strict=True):
-            if a.response_ids != b.response_ids:
-                assert is_a_tie(model, request.prompt_ids, a, b)
-                continue
-            assert a.finish_reason == b.finish_reason
-            if a.routes == b.routes:
-                np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
-                np.testing.assert_allclose(a.rollout_logprobs, b.rollout_logprobs, atol=1e-5)
-            else:
-                assert is_a_tie(model, request.prompt_ids, a, b)
 
 
 @st.composite
@@ -83,7 +51,7 @@ def test_any_arrivals_lengths_and_budget_give_the_same_samples(
     model: Dots1ForCausalLM, requests, rows: int, chunk: int, block_size: int, extra_blocks: int, order
 ) -> None:
     wanted = RolloutEngine(model).generate(requests, return_routes=True)
-    engine = RolloutEngine(model, rows, prefill_chunk_tokens=chunk, block_size=block_size)
+    engine = RolloutEngine(model, rows, prefill_chunk_tokens=chunk, cache_block_size=block_size)
     least = max(engine.scheduler.blocks_needed(r) for r in requests)
     engine.kv_cache_bytes = bytes_for(engine, least + extra_blocks)
     arrivals = list(range(len(requests)))
@@ -119,7 +87,7 @@ def test_aborted_anywhere_and_continued_elsewhere(
     wanted = RolloutEngine(model).generate(requests, return_routes=True)
 
     def new_engine() -> RolloutEngine:
-        engine = RolloutEngine(model, 6, prefill_chunk_tokens=17, block_size=block_size)
+        engine = RolloutEngine(model, 6, prefill_chunk_tokens=17, cache_block_size=block_size)
         needed = max(engine.scheduler.blocks_needed(r) for r in requests)
         engine.kv_cache_bytes = bytes_for(engine, needed + extra_blocks)
         return engine
@@ -154,9 +122,9 @@ def test_a_small_budget_is_kept_and_makes_late_comers_give_way(model: Dots1ForCa
     requests = [
         GenerationRequest(p, 6, SamplingParams(max_tokens=40, seed=i)) for i, p in enumerate(token_ids(20, 9, 33))
     ]
-    free = RolloutEngine(model, block_size=4)
+    free = RolloutEngine(model, cache_block_size=4)
     wanted = free.generate(requests, return_routes=True)
-    tight = RolloutEngine(model, block_size=4, kv_cache_bytes=bytes_for(free, 60))
+    tight = RolloutEngine(model, cache_block_size=4, kv_cache_bytes=bytes_for(free, 60))
     assert_same(model, requests, tight.generate(requests, return_routes=True), wanted)
     assert tight.stats.num_preempted > 0 == free.stats.num_preempted
     assert tight.stats.peak_cache_bytes <= bytes_for(free, 60) < free.stats.peak_cache_bytes
@@ -165,13 +133,13 @@ def test_a_small_budget_is_kept_and_makes_late_comers_give_way(model: Dots1ForCa
 
 def test_a_group_shares_its_prompts_memory(model: Dots1ForCausalLM, token_ids) -> None:
     """16 samples of a 128-token prompt: the prompt is there once."""
-    engine = RolloutEngine(model, block_size=16)
+    engine = RolloutEngine(model, cache_block_size=16)
     engine.generate([GenerationRequest(token_ids(128)[0], 16, SamplingParams(max_tokens=17))])
     assert engine.stats.peak_cache_bytes == bytes_for(engine, 128 // 16 + 16)
 
 
 def test_what_cannot_fit_alone_is_refused(model: Dots1ForCausalLM, token_ids) -> None:
-    engine = RolloutEngine(model, block_size=4)
+    engine = RolloutEngine(model, cache_block_size=4)
     engine.kv_cache_bytes = bytes_for(engine, 9)
     long, short = (GenerationRequest(p, 2, SamplingParams(max_tokens=8)) for p in token_ids(30, 28))
     with pytest.raises(RequestErrors, match=r"request 0: prompt and answer need .* bytes of keys and values") as caught:
@@ -262,7 +230,7 @@ def test_nan_fails_one_request_by_name_and_spares_the_others(model: Dots1ForCaus
     assert not any(bad in s.response_ids for group in fine for s in group)
     with torch.no_grad():
         model.model.embed_tokens.weight[bad] = float("nan")
-    engine = RolloutEngine(model, block_size=2)
+    engine = RolloutEngine(model, cache_block_size=2)
     asked = [make(prompts[0]), make([*prompts[1], bad]), make(prompts[2])]
     told = r"request 1: the logits after 10 tokens are NaN or infinite, first in the embedding; look at the weights"
     with pytest.raises(RequestErrors, match=told) as caught:
