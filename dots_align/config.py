@@ -158,8 +158,15 @@ class RolloutSection(Section):
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
+    min_p: float = Field(default=0.0, ge=0, lt=1)
     max_tokens: int = Field(default=128, ge=1)
-    max_num_sequences: int = Field(default=256, ge=1)
+    max_num_sequences: int = Field(default=256, ge=1, description="sequences that decode at once in a process")
+    kv_cache_gib: float | None = Field(
+        default=None,
+        gt=0,
+        description="most memory of a process for keys and values; by default half of what is free",
+    )
+    prefill_chunk_tokens: int = Field(default=8192, ge=1, description="most prompt tokens of one forward")
 
 
 AdvantageEstimator = Literal[

@@ -196,15 +196,14 @@ class MemoryModel:
         cache = (rollout.groups * prompt + rows * response) * config.num_hidden_layers * self._kv_bytes()
         # Sampling: logits in the dtype of computation and fp32, scaled, as probabilities, and their running sum.
         logits = rows * config.vocab_size * (size + 4 * 4)
-        prefill = self._layer(moe_layer, prompts).in_forward + size * (
-            prompts.received * (config.hidden_size + 3 * config.moe_intermediate_size)
-            + prompts.attended * 4 * config.num_attention_heads * config.head_dim
-        )
+        experts = size * prompts.received * (config.hidden_size + 3 * config.moe_intermediate_size)
+        attention = size * prompts.attended * 4 * config.num_attention_heads * config.head_dim
         decode = 0
         if self.work.on_cpu:
             of_prompts = self._gathered_attention(rollout.groups, rows, prompt)
-            prefill += self._gathered_attention(rollout.groups, prompts.tokens, prompt)
+            attention += self._gathered_attention(rollout.groups, prompts.tokens, prompt)
             decode = max(self._gathered_attention(rows, rows, response), of_prompts)
+        prefill = self._layer(moe_layer, prompts).in_forward + max(experts, attention)
         everything = sum(self.gathered(g) for g in self.shards.groups)
         largest = max(self._buffer(g) for g in self.shards.groups)
         return self._moment(

@@ -6,6 +6,7 @@ what trains is what rolls out.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,10 +20,10 @@ from transformers import PreTrainedModel
 
 from dots_align.model.expert_parallel import compute_dtype, is_sharded
 from dots_align.model.router import moe_layers
-from dots_align.rollout.forward import TorchForward, rolling_out
+from dots_align.rollout.forward import Forward, rolling_out
 from dots_align.rollout.kv_cache import BlockPool, block_size
-from dots_align.rollout.sampling import sample
 from dots_align.rollout.scheduler import Finished, Scheduler, Step
+from dots_align.rollout.sync import Certificate, Manifest, WeightReceiver, WeightStream
 from dots_align.types import GenerationRequest, Sample
 
 
@@ -55,6 +56,9 @@ class EngineStats:
     num_sampled_tokens: int = 0
     num_preempted: int = 0
     peak_cache_bytes: int = 0
+    schedule_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    sample_seconds: float = 0.0
 
 
 def _anyone(busy: bool) -> bool:
@@ -78,6 +82,7 @@ class RolloutEngine:
             last give way and are continued later. By default half of what is free, if that much is needed.
         prefill_chunk_tokens: the most prompt tokens of one forward; they are read beside the decoding of others.
         cache_block_size: tokens in a block of the cache.
+        native: use the C++ forward where there is one for this model and machine; it computes the same.
     """
 
     def __init__(
@@ -87,13 +92,14 @@ class RolloutEngine:
         kv_cache_bytes: int | None = None,
         prefill_chunk_tokens: int = 8192,
         cache_block_size: int | None = None,
+        native: bool = True,
     ) -> None:
         for name, value in (("max_num_sequences", max_num_sequences), ("prefill_chunk_tokens", prefill_chunk_tokens)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.model: Any = model
         self.device = next(model.parameters()).device
-        self.kv_cache_bytes = kv_cache_bytes
+        self.kv_cache_bytes, self.native = kv_cache_bytes, native
         size = cache_block_size or block_size(self.device.type)
         self.num_routing_layers = len(moe_layers(model))
         routes = self.num_routing_layers, int(model.config.num_experts_per_tok)
@@ -101,7 +107,8 @@ class RolloutEngine:
         self.stats = EngineStats()
         self._next_request = 0
         self._ended: list[Finished] = []
-        self._session: TorchForward | None = None
+        self._session: Forward | None = None
+        self.receiver = WeightReceiver(model)
 
     # ---------------------------------------------------------------------------------------------- whole batches
 
@@ -220,15 +227,22 @@ class RolloutEngine:
 
         Of a sharded model all processes make a step together, also those that have no work.
         """
+        self.receiver.check()
         with self.session() as forward, torch.no_grad():
+            started = time.perf_counter()
             ended: list[Finished | Failed] = [*self._ended]
             self._ended = []
             self._make_pool()
             self.scheduler.admit()
             step = self.scheduler.plan()
+            planned = time.perf_counter()
             logits = self._forward(forward, step)
+            computed = time.perf_counter()
             ended += self._sample(forward, step, logits)
             self.stats.num_preempted = self.scheduler.num_preempted
+            self.stats.schedule_seconds += planned - started
+            self.stats.forward_seconds += computed - planned
+            self.stats.sample_seconds += time.perf_counter() - computed
             return ended
 
     def abort(self, number: int) -> list[Finished]:
@@ -255,13 +269,24 @@ class RolloutEngine:
         """What is cached was computed with other weights: running sequences are read again with the new ones."""
         self.scheduler.put_all_back()
 
+    def update_weights(self, stream: WeightStream, declared: Manifest) -> Certificate:
+        """Writes another process's weights into the model (`rollout.sync`); running sequences go on with them.
+
+        Raises:
+            ValueError: the update is not whole or not what was sent; nothing is generated until one is.
+        """
+        try:
+            return self.receiver.update(stream, declared)
+        finally:
+            self.weights_changed()
+
     @contextmanager
-    def session(self) -> Iterator[TorchForward]:
+    def session(self) -> Iterator[Forward]:
         """Keeps the model as the engine needs it over several steps, which then cost less."""
         if self._session is not None:
             yield self._session
             return
-        with rolling_out(self.model) as forward:
+        with rolling_out(self.model, self.native) as forward:
             self._session = forward
             try:
                 yield forward
@@ -270,10 +295,9 @@ class RolloutEngine:
 
     # -------------------------------------------------------------------------------------------------------- parts
 
-    def _forward(self, forward: TorchForward, step: Step | None) -> torch.Tensor | None:
+    def _forward(self, forward: Forward, step: Step | None) -> torch.Tensor | None:
         if step is None:
-            if is_sharded(self.model):
-                forward.idle()
+            forward.idle()
             return None
         pool = self.scheduler.pool
         assert pool is not None
@@ -285,7 +309,7 @@ class RolloutEngine:
         self.stats.peak_cache_bytes = max(self.stats.peak_cache_bytes, pool.peak_blocks * pool.bytes_per_block)
         return logits
 
-    def _sample(self, forward: TorchForward, step: Step | None, logits: torch.Tensor | None) -> list[Finished | Failed]:
+    def _sample(self, forward: Forward, step: Step | None, logits: torch.Tensor | None) -> list[Finished | Failed]:
         """The next token of every sequence whose last one has been read; what ended by it."""
         scheduler, beginners = self.scheduler, self.scheduler.beginners()
         rows, parts = beginners, []
@@ -298,7 +322,7 @@ class RolloutEngine:
             return []
         table = scheduler.rows.sampling_table(rows, self.device)
         positions = torch.from_numpy(scheduler.rows.length[rows]).to(self.device)
-        drawn = sample(parts[0] if len(parts) == 1 else torch.cat(parts), table, positions)
+        drawn = forward.sample(parts[0] if len(parts) == 1 else torch.cat(parts), table, positions)
         tokens, rollout_logprobs, logprobs = (x.cpu().numpy() for x in drawn)
         failed = self._fail_broken(forward, rows, logprobs)
         if failed:
@@ -308,7 +332,7 @@ class RolloutEngine:
         ended, stopped = scheduler.rows.append(rows, tokens, rollout_logprobs, logprobs)
         return [*failed, *scheduler.finish(ended.tolist(), stopped.tolist())]
 
-    def _fail_broken(self, forward: TorchForward, rows: np.ndarray, logprobs: np.ndarray) -> list[Failed]:
+    def _fail_broken(self, forward: Forward, rows: np.ndarray, logprobs: np.ndarray) -> list[Failed]:
         """Takes out the requests of rows whose logits were NaN or infinite."""
         broken = rows[~np.isfinite(logprobs)]
         failed: dict[int, Failed] = {}

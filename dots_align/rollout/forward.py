@@ -1,25 +1,48 @@
-"""One forward of the trainer's module over a plan."""
+"""One forward of the trainer's module over a plan, and what else the engine asks of the model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from dots_align.model.expert_parallel import gathered, is_sharded
 from dots_align.model.router import RecordedRoutes, moe_layers, record_routes
+from dots_align.rollout import sampling
 from dots_align.rollout.attention import CachedStep, IdleStep, RolloutStep, rollout_mode
 from dots_align.rollout.kv_cache import BlockPool
+from dots_align.rollout.native import NativeForward, native_forward
 from dots_align.rollout.plan import ForwardPlan
+from dots_align.rollout.sampling import SamplingTable
+
+Sampled = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class Forward(Protocol):
+    """What the engine asks of a model. The bits of a result may differ between implementations, by rounding."""
+
+    def __call__(self, plan: ForwardPlan, pool: BlockPool, want_routes: bool) -> tuple[torch.Tensor, np.ndarray | None]:
+        """Logits [M, V] where the plan wants them, and routes [N, layers, k] uint8 if asked for."""
+        ...
+
+    def idle(self) -> None:
+        """Takes part in a forward of other processes, with nothing to compute for itself."""
+        ...
+
+    def sample(self, logits: torch.Tensor, table: SamplingTable, positions: torch.Tensor) -> Sampled:
+        """As `sampling.sample`."""
+        ...
+
+    def first_broken_layer(self, tokens: list[int]) -> str:
+        """Where NaN or infinity first appears in a plain forward over tokens [T], for an error message."""
+        ...
 
 
 class TorchForward:
     """Runs plans through transformers' own module, on any device, sharded or under adapters."""
-
-    name = "torch"
 
     def __init__(self, model: Any, recorded: RecordedRoutes) -> None:
         self.model, self.recorded = model, recorded
@@ -33,13 +56,17 @@ class TorchForward:
         return logits, routes.cpu().numpy() if want_routes and routes is not None else None
 
     def idle(self) -> None:
-        """A forward of one token that nobody asked for: for the processes that compute with this one."""
+        """A forward of one token that nobody asked for, if others compute with this process."""
+        if not is_sharded(self.model):
+            return
         nothing = np.zeros(1, np.int32)
         self._run(nothing, nothing, IdleStep(), nothing)
         self.recorded.routes.clear()
 
+    def sample(self, logits: torch.Tensor, table: SamplingTable, positions: torch.Tensor) -> Sampled:
+        return sampling.sample(logits, table, positions)
+
     def first_broken_layer(self, tokens: list[int]) -> str:
-        """Where NaN or infinity first appears in a plain forward over tokens [T], for an error message."""
         found = _first_broken_layer(self.model, tokens)
         self.recorded.routes.clear()
         return found
@@ -60,14 +87,39 @@ class TorchForward:
         return output.logits[0]
 
 
+class CompiledForward:
+    """Runs plans in C++; for the rest asks the torch forward."""
+
+    def __init__(self, compiled: NativeForward, torch_forward: TorchForward) -> None:
+        self.compiled, self.torch_forward = compiled, torch_forward
+        self.first_broken_layer = torch_forward.first_broken_layer
+
+    def __call__(self, plan: ForwardPlan, pool: BlockPool, want_routes: bool) -> tuple[torch.Tensor, np.ndarray | None]:
+        return self.compiled(plan, pool, want_routes)
+
+    def idle(self) -> None:
+        """Nobody waits: with whole layers in memory a forward is each process's own."""
+
+    def sample(self, logits: torch.Tensor, table: SamplingTable, positions: torch.Tensor) -> Sampled:
+        if table.filtered:
+            return sampling.sample(logits, table, positions)
+        return self.compiled.sample_tokens(logits, table.temperature, table.keys, positions)
+
+
 @contextmanager
-def rolling_out(model: Any) -> Iterator[TorchForward]:
-    """The model as the engine needs it, with whole layers in memory if it is sharded; afterwards as it was."""
+def rolling_out(model: Any, native: bool = True) -> Iterator[Forward]:
+    """The model as the engine needs it, with whole layers in memory if it is sharded; afterwards as it was.
+
+    Args:
+        native: use the C++ forward if it can be had.
+    """
     with ExitStack() as stack:
         stack.enter_context(rollout_mode(model))
         if is_sharded(model):
             stack.enter_context(gathered(model))
-        yield TorchForward(model, stack.enter_context(record_routes(model)))
+        forward = TorchForward(model, stack.enter_context(record_routes(model)))
+        compiled = native_forward(model) if native else None
+        yield forward if compiled is None else CompiledForward(compiled, forward)
 
 
 def _first_broken_layer(model: Any, tokens: list[int]) -> str:

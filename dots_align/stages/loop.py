@@ -104,7 +104,12 @@ class RlLoop:
             rollout.max_tokens,
         )
         self.sampler = PromptSampler(len(prompts), train.num_prompts_per_step, recipe.seed)
-        self.rollout_engine = RolloutEngine(policy, rollout.max_num_sequences)
+        self.rollout_engine = RolloutEngine(
+            policy,
+            rollout.max_num_sequences,
+            None if rollout.kv_cache_gib is None else int(rollout.kv_cache_gib * 2**30),
+            rollout.prefill_chunk_tokens,
+        )
         self.updates_per_step = train.num_minibatches * train.num_epochs
         self.training_engine = TrainingEngine(
             policy,
@@ -214,6 +219,7 @@ class RlLoop:
             temperature=keys.temperature,
             top_p=keys.top_p,
             top_k=keys.top_k,
+            min_p=keys.min_p,
             max_tokens=keys.max_tokens,
             stop_token_ids=stop_token_ids(self.tokenizer),
             seed=(self.recipe.seed << 40) + position,

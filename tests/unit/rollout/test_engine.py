@@ -15,6 +15,8 @@ from dots_align.model.router import find_flips, record_routes
 from dots_align.rollout.engine import RequestErrors, RolloutEngine
 from dots_align.types import GenerationRequest, Sample, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("forward")
+
 LENGTHS = (3, 40, 1, 17, 8, 25, 2)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=16)
 
@@ -135,7 +137,7 @@ def test_sampling_leaves_the_global_rng_alone(model: Dots1ForCausalLM, prompts: 
 def test_a_prompt_is_read_once_for_all_its_samples(model: Dots1ForCausalLM, prompts: list[list[int]]) -> None:
     asked = requests(prompts, num_samples=4)
     with fed_tokens(model) as counts:
-        samples = RolloutEngine(model, 256).generate(asked)
+        samples = RolloutEngine(model, 256, native=False).generate(asked)
     answered = [s for group in samples for s in group]
     # Every prompt token once; every response token but the last of each sample, which nobody reads.
     assert sum(counts) == sum(LENGTHS) + sum(len(s.response_ids) - 1 for s in answered)
@@ -144,7 +146,7 @@ def test_a_prompt_is_read_once_for_all_its_samples(model: Dots1ForCausalLM, prom
 
 def test_more_samples_than_run_at_once(model: Dots1ForCausalLM, prompts: list[list[int]]) -> None:
     with fed_tokens(model) as counts:
-        (group,) = RolloutEngine(model, 4).generate(requests(prompts[:1], num_samples=10))
+        (group,) = RolloutEngine(model, 4, native=False).generate(requests(prompts[:1], num_samples=10))
     assert len(group) == 10
     assert max(counts) <= 4
     (wanted,) = RolloutEngine(model, 64).generate(requests(prompts[:1], num_samples=10))

@@ -17,6 +17,8 @@ from dots_align.rollout.engine import Failed, RequestErrors, RolloutEngine
 from dots_align.rollout.scheduler import Finished
 from dots_align.types import GenerationRequest, Sample, SamplingParams
 
+pytestmark = pytest.mark.usefixtures("forward")
+
 STOP = tuple(range(60))
 
 
