@@ -151,9 +151,20 @@ class RewardSection(Section):
     weight: float = 1.0
 
 
+class VllmSection(Section):
+    """A vLLM server that generates in the local engine's place; TRL's client talks to it."""
+
+    base_url: str = Field(pattern=r"^https?://", description="of the server, such as http://10.0.0.2:8000")
+    group_port: int = Field(default=51216, ge=1, le=65535, description="on which weights are sent from here")
+    connection_timeout: float = Field(default=120.0, ge=0, description="seconds to wait for the server to be up")
+    max_concurrent_requests: int = Field(default=64, ge=1)
+
+
 class RolloutSection(Section):
     """How the policy is sampled."""
 
+    backend: Literal["local", "vllm"] = Field(default="local", description="local: our engine, on the same weights")
+    vllm: VllmSection | None = None
     group_size: int = Field(default=8, ge=2)
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
@@ -298,6 +309,18 @@ class GrpoRecipe(_StageRecipe):
     rollout: RolloutSection = RolloutSection()
     algorithm: AlgorithmSection = AlgorithmSection()
     rewards: tuple[RewardSection, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _vllm_can_serve(self):
+        if (self.rollout.backend == "vllm") != (self.rollout.vllm is not None):
+            raise ValueError(
+                "rollout.backend=vllm and a `rollout.vllm:` section with its base_url go together; give both or none"
+            )
+        if self.rollout.backend == "vllm" and self.lora is not None:
+            raise ValueError(
+                "rollout.backend=vllm takes whole models, and lora trains an adapter; use rollout.backend=local"
+            )
+        return self
 
 
 class EvalRecipe(Section):

@@ -106,8 +106,8 @@ def _load_experts(
                 target[place, begin - rows.start : stop - rows.start].copy_(tensor)
 
 
-def _as_hub(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A fused experts tensor as the hub's single ones; others as they are."""
+def as_hub(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A fused experts tensor (on any device, meta too) as the hub's single ones; others as they are."""
     experts = _EXPERTS.fullmatch(name)
     if experts is None:
         yield name, tensor
@@ -190,7 +190,7 @@ def write_files(sources: dict[str, Source], directory: Path, max_shard_bytes: in
         file = WEIGHTS if len(shards) == 1 else f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         mine: dict[str, torch.Tensor] = {}
         for name in names:
-            for hub_name, tensor in _as_hub(name, sources[name].gather()):
+            for hub_name, tensor in as_hub(name, sources[name].gather()):
                 weight_map[hub_name] = file
                 total += tensor.nbytes
                 if rank == number % world:

@@ -24,7 +24,7 @@ from dots_align.model.training import ResponseScores, TrainingEngine
 from dots_align.objectives.advantages import GROUP_RELATIVE, compute_advantages, zero_variance_groups
 from dots_align.objectives.agreement import Agreement
 from dots_align.objectives.policy import PolicyObjective
-from dots_align.rollout.engine import RolloutEngine
+from dots_align.rollout.backend import make_backend, refresh
 from dots_align.runtime import MetricsLog, gather_objects, progress, world_size
 from dots_align.runtime import rank as process_rank
 from dots_align.scoring import RewardSum
@@ -104,12 +104,7 @@ class RlLoop:
             rollout.max_tokens,
         )
         self.sampler = PromptSampler(len(prompts), train.num_prompts_per_step, recipe.seed)
-        self.rollout_engine = RolloutEngine(
-            policy,
-            rollout.max_num_sequences,
-            None if rollout.kv_cache_gib is None else int(rollout.kv_cache_gib * 2**30),
-            rollout.prefill_chunk_tokens,
-        )
+        self.rollout_engine = make_backend(rollout, policy)
         self.updates_per_step = train.num_minibatches * train.num_epochs
         self.training_engine = TrainingEngine(
             policy,
@@ -170,7 +165,9 @@ class RlLoop:
         """
         drawn = self.sampler.draw(self.step)
         mine = {group: drawn[group] for group in range(len(drawn)) if self._is_mine(group)}
-        samples = self.rollout_engine.generate([self._request(*drawn) for drawn in mine.values()], return_routes=True)
+        refresh(self.rollout_engine, self.policy)
+        requests = [self._request(*drawn) for drawn in mine.values()]
+        samples = self.rollout_engine.generate(requests, return_routes=self.recipe.rollout.backend == "local")
         errors_before = self.rewards.num_errors
         own = [
             self._scored(group, index, sample)
@@ -323,9 +320,10 @@ def _observe(
     (routes,), (gaps,) = recorded.routes, recorded.gaps
     for row, index in enumerate(scores.members):
         trajectory = trajectories[index]
-        assert trajectory.routes is not None
         span = slice(scores.boundaries[row], scores.boundaries[row + 1])
-        flips = find_flips(routes[span], gaps[span], trajectory.routes)
+        # A back end that tells no routes has to answer for every difference.
+        same = routes[span][:-1].cpu().numpy().tobytes()
+        flips = find_flips(routes[span], gaps[span], same if trajectory.routes is None else trajectory.routes)
         size = len(trajectory.response_ids)
         theirs = torch.tensor(trajectory.rollout_logprobs, device=scores.logprobs.device)
         differences = (scores.logprobs[row, :size].detach() - theirs).abs()

@@ -259,6 +259,16 @@ def test_path_and_preset_exclude_each_other(write) -> None:
     assert load_recipe(path, ["model.path=somewhere", "model.preset=null"]).model.path == "somewhere"
 
 
+def test_a_vllm_back_end_needs_its_server_and_a_whole_model(write) -> None:
+    path = write(GRPO)
+    assert "go together; give both or none" in complaint(path, "rollout.backend=vllm")
+    assert "go together; give both or none" in complaint(path, "rollout.vllm.base_url=http://localhost:8000")
+    both = ["rollout.backend=vllm", "rollout.vllm.base_url=http://localhost:8000"]
+    assert load_recipe(path, both).rollout.vllm.group_port == 51216
+    assert "lora trains an adapter; use rollout.backend=local" in complaint(path, *both, "lora.r=4")
+    assert "`rollout.vllm.base_url`: string should match" in complaint(path, *both, "rollout.vllm.base_url=localhost")
+
+
 def test_recipe_differences_are_dotted_and_show_both_values(write) -> None:
     def plain(*overrides: str) -> dict[str, Any]:
         return recipe_dict(load_recipe(write(GRPO), overrides))

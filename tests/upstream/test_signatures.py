@@ -64,6 +64,19 @@ def test_trl_configs_know_every_argument_we_give(name: str, recipe: Any, extra: 
     assert set(given) | extra <= set(parameters(getattr(trl, name).__init__))
 
 
+def test_trls_vllm_client_takes_what_we_give_it() -> None:
+    from trl.generation.vllm_client import VLLMClient
+
+    assert {"base_url", "group_port", "connection_timeout"} <= set(parameters(VLLMClient.__init__))
+    wanted = {"prompts", "n", "temperature", "top_p", "top_k", "min_p", "max_tokens", "logprobs", "generation_kwargs"}
+    assert wanted <= set(parameters(VLLMClient.generate))
+    scoring = {"sequences", "prompt_lengths", "top_logprobs", "temperature"}
+    assert scoring <= set(parameters(VLLMClient.get_sequence_logprobs))
+    assert {"metadata", "named_params"} <= set(parameters(VLLMClient.update_named_params))
+    assert "device" in parameters(VLLMClient.init_communicator)
+    assert {"get_server_info", "reset_prefix_cache"} <= set(vars(VLLMClient))
+
+
 def test_trls_padding_free_collator_gives_the_boundaries_our_attention_needs() -> None:
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
