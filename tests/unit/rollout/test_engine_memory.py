@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sample_checks import assert_same
 from transformers import Dots1ForCausalLM
 
+from dots_align.model.router import keep_router_in_fp32
 from dots_align.rollout.engine import Failed, RequestErrors, RolloutEngine
 from dots_align.rollout.scheduler import Finished
 from dots_align.types import GenerationRequest, Sample, SamplingParams
@@ -118,6 +119,26 @@ def test_aborted_anywhere_and_continued_elsewhere(
             engine = new_engine()
     found = [[done[i] for i in range(r.num_samples)] for r, done in zip(requests, begun, strict=True)]
     assert_same(model, requests, found, wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_native_forward_gives_the_same_bits_whatever_happens(
+    model: Dots1ForCausalLM, token_ids, forward: str, dtype: torch.dtype
+) -> None:
+    """Alone or in company, read at once or in pieces, put back or not: ids, log-probs and routes are equal, not close."""
+    if forward != "native":
+        pytest.skip("the order of torch's sums depends on shapes")
+    keep_router_in_fp32(model)
+    model.to(dtype)
+    prompts = token_ids(20, 9, 33, 1)
+    requests = [GenerationRequest(p, 5, SamplingParams(max_tokens=30, seed=i)) for i, p in enumerate(prompts)]
+    wanted = RolloutEngine(model).generate(requests, return_routes=True)
+    alone = [RolloutEngine(model, 1).generate([r], return_routes=True)[0] for r in requests]
+    assert alone == wanted
+    tight = RolloutEngine(model, 13, prefill_chunk_tokens=7, cache_block_size=4)
+    tight.kv_cache_bytes = bytes_for(tight, 40)
+    assert tight.generate(requests, return_routes=True) == wanted
+    assert tight.stats.num_preempted > 0
 
 
 def test_a_small_budget_is_kept_and_makes_late_comers_give_way(model: Dots1ForCausalLM, token_ids) -> None:
