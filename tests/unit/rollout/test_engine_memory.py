@@ -125,7 +125,7 @@ def test_aborted_anywhere_and_continued_elsewhere(
 def test_the_native_forward_gives_the_same_bits_whatever_happens(
     model: Dots1ForCausalLM, token_ids, forward: str, dtype: torch.dtype
 ) -> None:
-    """Alone or in company, read at once or in pieces, put back or not: ids, log-probs and routes are equal, not close."""
+    """Alone or in company, read at once or in pieces, put back or not: ids, log-probs and routes are equal."""
     if forward != "native":
         pytest.skip("the order of torch's sums depends on shapes")
     keep_router_in_fp32(model)
