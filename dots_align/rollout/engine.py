@@ -386,5 +386,6 @@ class RolloutEngine:
 def _free_memory(device: torch.device) -> int:
     """Bytes."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by torch, for whoever asks
+        return torch.cuda.mem_get_info(device)[0] + kept
     return psutil.virtual_memory().available
