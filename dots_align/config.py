@@ -67,7 +67,8 @@ class DataSection(Section):
 
     `path` is a JSONL or Parquet file, or `synthetic:sft`, `synthetic:preference`, `synthetic:prompts`,
     `synthetic:heldout`. Records hold `messages_field` (a list of {role, content}), or `prompt_field` with
-    `response_field` (SFT), `chosen_field` and `rejected_field` (DPO) or `answer_field` (RL and evaluation).
+    `response_field` (SFT), `chosen_field` and `rejected_field` (DPO) or `answer_field` (RL and evaluation): one field,
+    or a list of those that a reward function needs, which it gets as a JSON object.
     """
 
     path: str
@@ -76,7 +77,7 @@ class DataSection(Section):
     response_field: str = "response"
     chosen_field: str = "chosen"
     rejected_field: str = "rejected"
-    answer_field: str = "answer"
+    answer_field: str | tuple[str, ...] = "answer"
     system_prompt: str | None = None
     max_samples: int | None = Field(default=None, ge=1)
     seed: int | None = Field(default=None, description="of the synthetic generator; the recipe's seed if not given")

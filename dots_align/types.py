@@ -5,7 +5,9 @@ Every record that came from a file keeps `source` (`path:line`), so that whoever
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 ROLES = ("system", "user", "assistant")
 
@@ -38,7 +40,9 @@ class PreferencePair:
 
 @dataclass(frozen=True)
 class Prompt:
-    """An RL or evaluation prompt (its last message is the user's) with the reference answer a verifier needs."""
+    """An RL or evaluation prompt (its last message is the user's) with the reference answer a verifier needs: text, or
+    a JSON object of the fields it asked for.
+    """
 
     messages: list[Message]
     answer: str | None = None
@@ -57,6 +61,19 @@ class Response:
     text: str
     response_ids: list[int] = field(default_factory=list)
     finish_reason: str = "stop"
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def reward_range(low: float, high: float) -> Callable[[Function], Function]:
+    """Declares between which numbers a reward function answers; a value outside is a failure of the function."""
+
+    def declare(function: Function) -> Function:
+        function.reward_range = (low, high)  # type: ignore[attr-defined]
+        return function
+
+    return declare
 
 
 @dataclass(frozen=True)

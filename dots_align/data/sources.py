@@ -203,10 +203,14 @@ def _preference_pair(row: dict[str, Any], source: str, data: DataSection) -> Pre
 
 
 def _prompt(row: dict[str, Any], source: str, data: DataSection) -> Prompt:
-    answer = row.get(data.answer_field)
-    if answer is None:
-        have = ", ".join(map(repr, row))
-        raise ValueError(
-            f"{source}: no field {data.answer_field!r} (the record has {have}); set data.answer_field to the right name"
-        )
-    return Prompt(_prompt_messages(row, source, data), str(answer), source)
+    asked = data.answer_field
+    fields = (asked,) if isinstance(asked, str) else asked
+    for field in fields:
+        if row.get(field) is None:
+            have = ", ".join(map(repr, row))
+            raise ValueError(
+                f"{source}: no field {field!r} (the record has {have}); set data.answer_field to the right name"
+            )
+    answer = row[asked] if isinstance(asked, str) else {field: row[field] for field in fields}
+    text = json.dumps(answer, ensure_ascii=False) if isinstance(answer, list | dict) else str(answer)
+    return Prompt(_prompt_messages(row, source, data), text, source)

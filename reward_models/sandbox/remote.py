@@ -60,7 +60,7 @@ class Channel:
 _MAX_SHORT_INT = 1 << 62  # beyond, decimal digits would take quadratic time and hit Python's limit of them
 
 
-def encode(value: Any, keep: Callable[[Any], int]) -> Any:
+def encode(value: Any, keep: Callable[[Any], int | str]) -> Any:
     """A value as JSON: text, numbers and None as they are, all else as [kind, content]; `keep` gives a handle to what
     is no plain data.
     """
@@ -142,8 +142,11 @@ class Program:
         self._objects.append(value)
         return len(self._objects) - 1
 
+    def _find(self, handle: int | str) -> Any:
+        return getattr(builtins, handle) if isinstance(handle, str) else self._objects[handle]
+
     def _perform(self, operation: str, *arguments: Any) -> Any:
-        target, *values = [decode(argument, self._objects.__getitem__) for argument in arguments]
+        target, *values = [decode(argument, self._find) for argument in arguments]
         if operation == "run":
             exec(compile(target, "program", "exec", dont_inherit=True), self._module.__dict__)
             return None
@@ -206,9 +209,12 @@ class Connection:
         return decode(answer["value"], lambda handle: Remote(self, int(handle)))
 
     @staticmethod
-    def _handle(value: Any) -> int:
+    def _handle(value: Any) -> int | str:
         if isinstance(value, Remote):
             return object.__getattribute__(value, "_handle")
+        name = getattr(value, "__name__", "")
+        if getattr(builtins, name, None) is value:  # such as the type in f([1, 2.5], float)
+            return name
         raise TypeError(f"a test may not pass a {type(value).__name__} to the program")
 
 

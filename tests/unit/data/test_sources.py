@@ -244,3 +244,13 @@ def test_gsm8k(shared_data: Path) -> None:
     shifted = [numeric_answer(Response(p, a)) for p, a in zip(prompts, answers[1:], strict=False)]
     assert sum(right) == 7473
     assert sum(shifted) / len(shifted) < 0.05
+
+
+def test_an_answer_of_several_fields_is_a_json_object(jsonl) -> None:
+    path = jsonl({"prompt": "q", "test_list": ["assert f() == '你'"], "setup": ""})
+    (prompt,) = load_prompts(section(path, answer_field=("test_list", "setup")), 0)
+    assert json.loads(prompt.answer or "") == {"test_list": ["assert f() == '你'"], "setup": ""}
+    assert "你" in (prompt.answer or "")
+    (prompt,) = load_prompts(section(path, answer_field="test_list"), 0)
+    assert json.loads(prompt.answer or "") == ["assert f() == '你'"]
+    assert "no field 'tests'" in complaint("rl", path, answer_field=("test_list", "tests"))
