@@ -81,7 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--json", action="store_true", help="print JSON, in bytes and seconds")
     export = command("export", "write a deployable chat checkpoint, verified by loading it", _export)
     export.add_argument("checkpoint", type=Path)
-    export.add_argument("--to", choices=["hf"], default="hf", help="hf: a directory for transformers and what reads it")
+    export.add_argument(
+        "--to",
+        nargs="+",
+        default=["hf"],
+        metavar="TARGET",
+        help="hf: a directory for transformers and what reads it; gguf:F32, gguf:F16, gguf:BF16, gguf:Q8_0: llama.cpp",
+    )
     export.add_argument("--output", type=Path, help="default: <checkpoint>-export")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     chat = command("chat", "talk to a checkpoint in the terminal", _chat)
@@ -145,10 +151,11 @@ def _export(options: argparse.Namespace) -> None:
     from dots_align.runtime import setup_logging
 
     setup_logging()
-    from dots_align.export.hf import export
+    from dots_align.export.targets import export
 
     checkpoint = options.checkpoint.resolve()
-    print(export(checkpoint, options.output or checkpoint.with_name(f"{checkpoint.name}-export"), options.overwrite))
+    output = options.output or checkpoint.with_name(f"{checkpoint.name}-export")
+    print(export(checkpoint, output, options.overwrite, options.to))
 
 
 def _chat(options: argparse.Namespace) -> None:

@@ -46,7 +46,12 @@ SHOWN_KEYS = (
 
 
 def model_card(
-    config: Dots1Config, parameters: tuple[int, int], history: History, verification: dict[str, Any] | None = None
+    config: Dots1Config,
+    parameters: tuple[int, int],
+    history: History,
+    verification: dict[str, Any] | None = None,
+    gguf: dict[str, dict[str, Any]] | None = None,
+    hf: bool = True,
 ) -> str:
     """The text of README.md.
 
@@ -55,26 +60,31 @@ def model_card(
         parameters: all, and active per token.
         history: what trained it.
         verification: result of `verify_export`, if it ran.
+        gguf: result of `verify_gguf`, by format; the formats that are there.
+        hf: whether there are files for transformers.
     """
+    formats = list(gguf or {})
+    usage = [*([USAGE] if hf else []), *(GGUF_USAGE.replace("FILE", f"model-{f}.gguf") for f in formats[-1:]), LAYOUT]
     sections = [
-        _front_matter(history),
-        _what_it_is(config, parameters, history),
+        _front_matter(history, formats, hf),
+        _what_it_is(config, parameters, history, formats, hf),
         "## Training\n\n" + _training(history),
         "## Evaluation\n\n" + _evaluation(history),
-        "## Use\n\n" + USAGE,
+        "## Use\n\n" + "\n\n".join(usage),
         "## Limitations\n\n" + _limitations(parameters[0]),
-        _provenance(verification),
+        "\n\n".join([_provenance(verification), *(_gguf_provenance(f, proof) for f, proof in (gguf or {}).items())]),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def _front_matter(history: History) -> str:
+def _front_matter(history: History, formats: list[str], hf: bool) -> str:
+    stages = dict.fromkeys(s.stage for s in history.stages)
     fields: dict[str, Any] = {
         "license": "mit",
-        "library_name": "transformers",
+        "library_name": "transformers" if hf else "gguf",
         "pipeline_tag": "text-generation",
         "language": ["zh", "en"],
-        "tags": ["dots1", "mixture-of-experts", "chat", "dots-align", *dict.fromkeys(s.stage for s in history.stages)],
+        "tags": ["dots1", "mixture-of-experts", "chat", "dots-align", *(["gguf"] if formats else []), *stages],
     }
     if history.base is not None and not history.base.startswith("preset:"):
         released = history.base.startswith("dots.llm1")
@@ -82,9 +92,13 @@ def _front_matter(history: History) -> str:
     return "---\n" + yaml.safe_dump(fields, sort_keys=False, allow_unicode=True) + "---"
 
 
-def _what_it_is(config: Dots1Config, parameters: tuple[int, int], history: History) -> str:
+def _what_it_is(
+    config: Dots1Config, parameters: tuple[int, int], history: History, formats: list[str], hf: bool
+) -> str:
     stages = " → ".join(s.stage for s in history.stages) or "no training"
     experts = f"{config.n_routed_experts} routed, {config.num_experts_per_tok} chosen per token"
+    stored = [f"{str(config.dtype).removeprefix('torch.')}, safetensors"] if hf else []
+    stored += [f"GGUF {', '.join(formats)}"] if formats else []
     return f"""# A dots1 chat model
 
 A mixture-of-experts chat model of the dots.llm1 architecture (`Dots1ForCausalLM`), trained with
@@ -96,7 +110,7 @@ dots_align: {_base(history)} → {stages}.
 | layers, hidden size | {config.num_hidden_layers}, {config.hidden_size} |
 | experts | {experts}, {config.n_shared_experts} shared |
 | vocabulary, context | {config.vocab_size:,} tokens, {config.max_position_embeddings:,} tokens |
-| stored as | {str(config.dtype).removeprefix("torch.")}, safetensors |
+| stored as | {"; ".join(stored)} |
 | languages | Chinese, English |"""
 
 
@@ -177,9 +191,20 @@ output = model.generate(**inputs, max_new_tokens=256)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```
 
-Or in a terminal: `dots-align chat DIR`.
+Or in a terminal: `dots-align chat DIR`."""
 
-Chat layout (no line breaks, no BOS):
+GGUF_USAGE = """```python
+from llama_cpp import Llama
+
+model = Llama("FILE", n_ctx=0, verbose=False)  # 0: the model's whole context
+messages = [{"role": "user", "content": "What is 17 plus 25?"}]
+answer = model.create_chat_completion(messages, max_tokens=256, temperature=0.0)
+print(answer["choices"][0]["message"]["content"])
+```
+
+Or as a server: `llama-server -m FILE --jinja`."""
+
+LAYOUT = """Chat layout (no line breaks, no BOS):
 `<|system|>S<|endofsystem|><|userprompt|>U<|endofuserprompt|><|response|>A<|endofresponse|>`.
 Stop at `<|endofresponse|>`. The router's `e_score_correction_bias` is part of the model, though no optimizer trains it:
 keep it when you convert the weights."""
@@ -208,4 +233,16 @@ def _provenance(verification: dict[str, Any] | None) -> str:
         f"of {verification['num_prompts']} greedy answers identical to the training checkpoint's, token by token "
         f"({verification['num_tokens']} tokens; median difference of log-probabilities "
         f"{verification['median_logprob_difference']:.1e})."
+    )
+
+
+def _gguf_provenance(format: str, proof: dict[str, Any]) -> str:
+    if "skipped" in proof:
+        return f"model-{format}.gguf: {proof['skipped']}."
+    return (
+        f"model-{format}.gguf was loaded by llama.cpp in a fresh process before publication: it reads the prompts as "
+        f"the same tokens, stops at the same ones, and {proof['num_best']} of {proof['num_tokens']} tokens of the "
+        "training checkpoint's greedy answers are its likeliest, too "
+        f"({proof['num_identical']} of {proof['num_prompts']} answers whole; median difference of the prompts' "
+        f"log-probabilities {proof['median_logprob_difference']:.1e})."
     )

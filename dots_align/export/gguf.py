@@ -82,10 +82,15 @@ def write_gguf(directory: Path, output: Path, format: str) -> Path:
     if format not in FORMATS:
         raise ValueError(f"unknown GGUF format {format!r}; choose one of {', '.join(FORMATS)}")
     try:
-        config = _read_config(directory)
+        config = read_config(directory)
         check_convertible(directory, config)
         files = check_tensors(directory, config)
         tensors = _plan(config, GGMLQuantizationType[format])
+        unfit = [t for t in tensors if t.kind == GGMLQuantizationType.F16] if format == "Q8_0" else []
+        if unfit:
+            logger.warning(
+                "%d tensors are stored as F16: rows of %d do not fill blocks", len(unfit), unfit[0].shape[-1]
+            )
         with _published(output) as staging:
             _write_header(directory, config, tensors, FORMATS[format], staging)
             _write_tensors(directory, files, tensors, staging)
@@ -95,7 +100,8 @@ def write_gguf(directory: Path, output: Path, format: str) -> Path:
     return output
 
 
-def _read_config(directory: Path) -> Dots1Config:
+def read_config(directory: Path) -> Dots1Config:
+    """The configuration in a directory; ValueError if it is not one of a dots1."""
     path = directory / "config.json"
     try:
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
@@ -136,10 +142,7 @@ def _kind(name: str, shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GG
     if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
         return GGMLQuantizationType.F32
     block, _ = GGML_QUANT_SIZES[wanted]
-    if shape[-1] % block:
-        logger.warning("%s is stored as F16: its rows of %d do not fill blocks of %d", name, shape[-1], block)
-        return GGMLQuantizationType.F16
-    return wanted
+    return GGMLQuantizationType.F16 if shape[-1] % block else wanted
 
 
 # --------------------------------------------------------------------------------------------------------------- write

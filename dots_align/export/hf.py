@@ -1,13 +1,12 @@
 """A deployable chat checkpoint: the hub's tensor names, and JSON for transformers 4.57 and 5, vLLM, SGLang, llama.cpp.
 
-What is written loads without dots_align. It is published whole or not at all; `export` also proves it before that.
+What is written loads without dots_align. It is published whole or not at all; targets.py also proves it before that.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from dots_align.data.chat import stop_token_ids
 from dots_align.export.card import model_card
 from dots_align.export.source import History, training_history
 from dots_align.export.template import portable_template
-from dots_align.export.verify import verify_export
 from dots_align.export.weights import INDEX, check_tensors, weight_files
 from dots_align.model.dots1 import count_parameters
 from dots_align.model.lora import adapter_base
@@ -31,17 +29,8 @@ from dots_align.runtime import logger, write_json
 EXPORT_STAGE = "export"
 MAX_SHARD_BYTES = 5 * 10**9
 CORRECTION_BIAS = "e_score_correction_bias"
-# Looks at the finished files before they are published; what it returns is kept in the manifest.
-Check = Callable[[Path], dict[str, Any]]
-
-
-def export(checkpoint: Path, output: Path, overwrite: bool = False, max_shard_bytes: int = MAX_SHARD_BYTES) -> Path:
-    """`export_hf`, published only once a fresh process with plain transformers has answered like the checkpoint.
-
-    Raises:
-        ValueError: as `export_hf` and `verify_export`; nothing is published then.
-    """
-    return export_hf(checkpoint, output, overwrite, max_shard_bytes, check=partial(verify_export, Path(checkpoint)))
+# Completes the finished files before they are published; what it returns is kept in the manifest.
+Finish = Callable[[Path], dict[str, Any]]
 
 
 def export_hf(
@@ -49,7 +38,7 @@ def export_hf(
     output: Path,
     overwrite: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
-    check: Check | None = None,
+    finish: Finish | None = None,
 ) -> Path:
     """Writes a checkpoint (an adapter is merged into its base) as a directory that others can load.
 
@@ -58,7 +47,7 @@ def export_hf(
         output: the directory to make.
         overwrite: replace an earlier export there; nothing else is ever replaced.
         max_shard_bytes: weights beyond it are split into several files.
-        check: called with the finished, not yet published directory.
+        finish: called with the complete, not yet published directory, to prove it or to change it.
 
     Returns:
         `output`.
@@ -74,19 +63,20 @@ def export_hf(
     manifest = {"stage": EXPORT_STAGE, "step": _last_step(history), "training": history.as_dict()}
     with staged(output.resolve(), manifest) as staging:
         _write_model_files(checkpoint, staging, max_shard_bytes)
-        if check is not None:
-            manifest["verification"] = _checked(check, staging, output)
         config = Dots1Config.from_pretrained(staging)
-        card = model_card(config, _parameters(config), history, manifest.get("verification"))
+        if finish is not None:
+            manifest |= _finished(finish, staging, output)
+        proofs = manifest.get("verification"), manifest.get("gguf")
+        card = model_card(config, _parameters(config), history, *proofs, hf=(staging / "config.json").is_file())
         (staging / "README.md").write_text(card, encoding="utf-8")
     logger.info("exported %s to %s", checkpoint, output)
     return output
 
 
-def _checked(check: Check, staging: Path, output: Path) -> dict[str, Any]:
-    """Runs the check; its message names the directory the caller asked for, as the staging directory will be gone."""
+def _finished(finish: Finish, staging: Path, output: Path) -> dict[str, Any]:
+    """Its message names the directory the caller asked for, as the staging directory will be gone."""
     try:
-        return check(staging)
+        return finish(staging)
     except ValueError as error:
         raise ValueError(f"{str(error).replace(str(staging), str(output))} (nothing was exported)") from None
 

@@ -76,10 +76,10 @@ def verify_export(checkpoint: Path, exported: Path, prompts: Sequence[str] | Non
         if ids != answer["prompt_ids"]:
             raise ValueError(
                 f"{exported}: the prompt {conversation[-1].content!r} is rendered to other tokens than in "
-                f"{checkpoint}, first at position {_first_difference(ids, answer['prompt_ids'])}; "
+                f"{checkpoint}, first at position {first_difference(ids, answer['prompt_ids'])}; "
                 "the tokenizer or the chat template changed"
             )
-    samples = _greedy(model, tokenizer, prompt_ids)
+    samples = greedy(model, tokenizer, prompt_ids)
     return _compare(model, exported, conversations, prompt_ids, samples, reloaded["answers"])
 
 
@@ -91,9 +91,22 @@ def _reload(exported: Path, conversations: list[list[Message]]) -> dict[str, Any
         "max_tokens": MAX_TOKENS,
         "conversations": [as_dicts(c) for c in conversations],
     }
+    result = ask_fresh_process(_RELOAD, request, f"{exported}: plain transformers cannot load and run it")
+    if result["problems"]:
+        more = f" and {len(result['problems']) - 1} more" if len(result["problems"]) > 1 else ""
+        raise ValueError(
+            f"{exported}: plain transformers reports {result['problems'][0]}{more}; the weights are not whole"
+        )
+    return result
+
+
+def ask_fresh_process(script: Path, request: dict[str, Any], failure: str) -> dict[str, Any]:
+    """Runs a script of this folder that reads JSON and writes JSON; ValueError, which begins with `failure`, if it
+    ends otherwise.
+    """
     done = subprocess.run(
         # -P keeps the script's own folder, and with it the modules beside it, off the import path.
-        [sys.executable, "-P", str(_RELOAD)],
+        [sys.executable, "-P", str(script)],
         input=json.dumps(request),
         capture_output=True,
         encoding="utf-8",
@@ -102,14 +115,8 @@ def _reload(exported: Path, conversations: list[list[Message]]) -> dict[str, Any
     )
     if done.returncode != 0 or not done.stdout:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise ValueError(f"{exported}: plain transformers cannot load and run it: {lines[-1].strip()}")
-    result = json.loads(done.stdout)
-    if result["problems"]:
-        more = f" and {len(result['problems']) - 1} more" if len(result["problems"]) > 1 else ""
-        raise ValueError(
-            f"{exported}: plain transformers reports {result['problems'][0]}{more}; the weights are not whole"
-        )
-    return result
+        raise ValueError(f"{failure}: {lines[-1].strip()}")
+    return json.loads(done.stdout)
 
 
 def _check_stops(exported: Path, reloaded: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -127,13 +134,14 @@ def _check_stops(exported: Path, reloaded: dict[str, Any], tokenizer: PreTrained
         )
 
 
-def _greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[list[int]]) -> list[Sample]:
+def greedy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[list[int]]) -> list[Sample]:
+    """The rollout engine's greedy answer to each prompt, of at most MAX_TOKENS tokens."""
     sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, stop_token_ids=stop_token_ids(tokenizer))
     groups = RolloutEngine(model).generate([GenerationRequest(ids, 1, sampling) for ids in prompt_ids])
     return [group[0] for group in groups]
 
 
-def _first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
+def first_difference(ours: Sequence[int], theirs: Sequence[int]) -> int:
     """Index of the first difference between unequal sequences; the shorter length if one is a prefix of the other."""
     pairs = zip(ours, theirs, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
@@ -152,7 +160,7 @@ def _compare(
     gaps: list[float] = []
     for conversation, prompt, sample, answer in zip(conversations, prompt_ids, samples, answers, strict=True):
         ours, theirs = sample.response_ids, answer["response_ids"]
-        agreed = len(ours) if ours == theirs else _first_difference(ours, theirs)
+        agreed = len(ours) if ours == theirs else first_difference(ours, theirs)
         gaps += [abs(a - b) for a, b in zip(sample.logprobs[:agreed], answer["logprobs"][:agreed], strict=True)]
         if ours == theirs:
             continue

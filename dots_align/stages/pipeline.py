@@ -9,7 +9,7 @@ from typing import Any
 
 from dots_align.checkpoint import best_checkpoint, evaluation_of, newest_whole
 from dots_align.config import PipelineRecipe, load_recipe
-from dots_align.export.hf import export
+from dots_align.export.targets import export
 from dots_align.report.page import write_report
 from dots_align.runtime import logger, open_run_directory, world_size, write_json
 

@@ -112,6 +112,14 @@ def test_sharded_checkpoint_with_a_missing_shard_names_the_shard(fails, recipe, 
     assert is_one_line(message)
 
 
+@pytest.mark.parametrize("targets", [["gguf:Q3"], ["hf", "gguf"]])
+def test_unknown_export_target(fails, start: Path, tmp_path: Path, targets: list[str]):
+    message = fails("export", start, "--output", tmp_path / "out", "--to", *targets)
+    assert f"unknown target {targets[-1]!r}; choose from hf, gguf:F32" in message
+    assert is_one_line(message)
+    assert not list(tmp_path.iterdir())
+
+
 def test_reward_function_that_raises_is_logged_and_counted_and_the_run_goes_on(
     recipe, start: Path, out: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):

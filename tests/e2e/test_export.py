@@ -14,12 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from dots_align import cli
 from dots_align.checkpoint import load_model, save_model, staged
 from dots_align.config import ModelSection
 from dots_align.data import synthetic
 from dots_align.data.chat import stop_token_ids
 from dots_align.data.tokenizer import train_tokenizer
-from dots_align.export.hf import export
+from dots_align.export.targets import export
 from dots_align.model.dots1 import create_model, preset_config
 
 CHAT = """
@@ -70,6 +71,20 @@ def test_readme_snippet_runs_where_dots_align_is_not(exported: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_gguf_snippet_of_its_card_runs(exported: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed: pip install '.[llama]'")
+    cli.main(["export", str(exported), "--output", str(tmp_path / "out"), "--to", "gguf:F16", "gguf:Q8_0"])
+    snippet = re.search(r"```python\n(.*?)```", (tmp_path / "out" / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert snippet is not None
+    assert '"model-Q8_0.gguf"' in snippet[1]
+    script = snippet[1].replace("max_tokens=256", "max_tokens=8")
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", script], cwd=tmp_path / "out", capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
 
 
 def test_bf16_export_was_proven(exported: Path) -> None:

@@ -265,10 +265,10 @@ class TestOutput:
             raise ValueError(f"{directory}: not the same")
 
         with pytest.raises(ValueError, match=rf"^{re.escape(str(output))}: not the same \(nothing was exported\)$"):
-            export_hf(checkpoint, output, overwrite=True, check=check)
+            export_hf(checkpoint, output, overwrite=True, finish=check)
         assert {p.name: p.stat().st_mtime_ns for p in output.iterdir()} == before
         with pytest.raises(ValueError, match="not the same"):
-            export_hf(checkpoint, tmp_path / "new", check=check)
+            export_hf(checkpoint, tmp_path / "new", finish=check)
         assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 

@@ -17,7 +17,8 @@ from dots_align.checkpoint import load_model
 from dots_align.config import ModelSection
 from dots_align.data.chat import encode_prompt, stop_token_ids
 from dots_align.export import verify
-from dots_align.export.hf import export, export_hf
+from dots_align.export.hf import export_hf
+from dots_align.export.targets import export
 from dots_align.export.verify import verify_export
 from dots_align.types import Message
 
@@ -36,7 +37,7 @@ def truth(checkpoint: Path) -> dict[str, Any]:
     """What a faithful export answers, made from the checkpoint itself: for tests that need no second process."""
     model, tokenizer = load_model(ModelSection(path=str(checkpoint)))
     prompt_ids = [encode_prompt(tokenizer, [Message("user", p)]) for p in PROMPTS]
-    samples = verify._greedy(model, tokenizer, prompt_ids)
+    samples = verify.greedy(model, tokenizer, prompt_ids)
     return {
         "answers": [
             {"prompt_ids": ids, "response_ids": s.response_ids, "logprobs": s.logprobs}
@@ -161,7 +162,7 @@ def test_near_tie_is_reported_not_refused(
     tensors["lm_head.weight"][other] = tensors["lm_head.weight"][chosen]
     save_file(tensors, twin / "model.safetensors", metadata={"format": "pt"})
     model, tokenizer = load_model(ModelSection(path=str(twin)))
-    samples = verify._greedy(model, tokenizer, [a["prompt_ids"] for a in answering["answers"]])
+    samples = verify.greedy(model, tokenizer, [a["prompt_ids"] for a in answering["answers"]])
     for a, sample in zip(answering["answers"], samples, strict=True):
         a["response_ids"], a["logprobs"] = list(sample.response_ids), sample.logprobs
     position = answer["response_ids"].index(chosen)
