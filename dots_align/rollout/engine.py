@@ -24,7 +24,7 @@ from dots_align.rollout.forward import Forward, rolling_out
 from dots_align.rollout.kv_cache import BlockPool, block_size
 from dots_align.rollout.scheduler import Finished, Scheduler, Step
 from dots_align.rollout.sync import Certificate, Manifest, WeightReceiver, WeightStream
-from dots_align.types import GenerationRequest, Sample
+from dots_align.types import GenerationRequest, Sample, SamplingParams
 
 
 class RequestErrors(ValueError):
@@ -190,6 +190,8 @@ class RolloutEngine:
             return "the prompt is empty; give at least one token"
         if max_tokens < 1 or request.num_samples < 1:
             return f"max_tokens ({max_tokens}) and num_samples ({request.num_samples}) must be at least 1"
+        if trouble := _sampling_trouble(request.sampling):
+            return trouble
         if length + max_tokens > context:
             return (
                 f"prompt of {length} tokens plus max_tokens {max_tokens} exceeds the context of {context} tokens; "
@@ -381,6 +383,19 @@ class RolloutEngine:
             compute_dtype(self.model),
             self.device,
         )
+
+
+def _sampling_trouble(sampling: SamplingParams) -> str | None:
+    """What is wrong with sampling parameters, or None."""
+    if not 0 <= sampling.temperature < float("inf"):  # also NaN
+        return f"temperature is {sampling.temperature}; give a number of at least 0"
+    if not 0 < sampling.top_p <= 1:
+        return f"top_p is {sampling.top_p}; give a share above 0, 1 for all tokens"
+    if not 0 <= sampling.min_p <= 1:
+        return f"min_p is {sampling.min_p}; give a share from 0 to 1"
+    if sampling.top_k < 0:
+        return f"top_k is {sampling.top_k}; give a count, 0 for all tokens"
+    return None
 
 
 def _free_memory(device: torch.device) -> int:

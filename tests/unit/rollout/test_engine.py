@@ -250,6 +250,15 @@ def test_the_model_is_left_as_it_was(
             "request 1: max_tokens (0) and num_samples (1) must be at least 1",
         ),
         (GenerationRequest([1], 0), "num_samples (0) must be at least 1"),
+        (GenerationRequest([1], 1, SamplingParams(temperature=-1.0)), "request 1: temperature is -1.0; give a number"),
+        (GenerationRequest([1], 1, SamplingParams(temperature=float("nan"))), "request 1: temperature is nan"),
+        (GenerationRequest([1], 1, SamplingParams(top_p=0.0)), "request 1: top_p is 0.0; give a share above 0"),
+        (GenerationRequest([1], 1, SamplingParams(min_p=1.5)), "request 1: min_p is 1.5; give a share from 0 to 1"),
+        (GenerationRequest([1], 1, SamplingParams(top_k=-1)), "request 1: top_k is -1; give a count"),
+        (
+            GenerationRequest([1], 1, started=(Sample([2], [0.0], [0.0], "abort"),) * 2),
+            "request 1: 2 samples were started, but num_samples is 1",
+        ),
     ],
 )
 def test_an_impossible_request_is_refused_and_the_others_are_done(
