@@ -58,6 +58,7 @@ from dots_align.runtime import (
 MANIFEST = "manifest.json"
 UNSEALED = (MANIFEST, "README.md")  # a model card may be edited without the checkpoint being damaged
 PREFIX = "checkpoint-"
+IDENTIFYING = ("*.safetensors", "config.json", ADAPTER_CONFIG, "tokenizer*", "chat_template*", "vocab*", "merges*")
 # A hook gets the published directory and the recipe; the mapping it returns is logged as metrics of that step.
 Hook = Callable[[Path, Any], dict[str, float] | None]
 
@@ -155,6 +156,32 @@ def check_whole(directory: str | Path) -> None:
             raise ValueError(
                 f"{directory}: {name} has {path.stat().st_size} bytes, {listed_in} says {size}; copy it again"
             )
+
+
+def fingerprint(directory: Path) -> str:
+    """Identifies the weights and the tokenizer of a whole checkpoint, an adapter's with its base's, wherever they lie:
+    16 hexadecimal digits. Where no manifest has the sums of the files, their sizes and samples of them stand in.
+    """
+    digest = hashlib.sha256()
+    for part in filter(None, (directory, adapter_base(directory))):
+        manifest = part / MANIFEST
+        if manifest.is_file():
+            content = json.loads(manifest.read_text(encoding="utf-8"))["files"]
+        else:
+            paths = sorted({path for pattern in IDENTIFYING for path in part.glob(pattern)})
+            content = {path.name: [path.stat().st_size, _sampled_sha256(path)] for path in paths}
+        digest.update(json.dumps(content, sort_keys=True).encode())
+    return digest.hexdigest()[:16]
+
+
+def _sampled_sha256(path: Path, pieces: int = 32, size: int = 1 << 15) -> str:
+    """Over up to 1 MiB, evenly spread: the weights of a large model would take an hour to read."""
+    digest, length = hashlib.sha256(), path.stat().st_size
+    with path.open("rb") as stream:
+        for number in range(pieces):
+            stream.seek(max(length - size, 0) * number // (pieces - 1))
+            digest.update(stream.read(size))
+    return digest.hexdigest()
 
 
 def _expected_files(directory: Path) -> Iterator[tuple[str, int | None, str]]:

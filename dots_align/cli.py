@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from dots_align import __version__
 from dots_align.config import load_recipe
+from dots_align.generation.options import generation_keys, load_options
 
 STAGES = {
     "sft": "supervised fine-tuning on conversations",
@@ -96,6 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--temperature", type=float, default=0.0, help="0 (the default) is greedy")
     chat.add_argument("--max-tokens", type=int, default=256)
     chat.add_argument("--seed", type=int, default=0)
+    generate = command(
+        "generate", "sample answers to a file of prompts, for rejection sampling or evaluation", _generate
+    )
+    generate.add_argument("checkpoint", type=Path, help="full, adapter or exported checkpoint")
+    generate.add_argument("prompts", help="JSONL or Parquet file; or synthetic:prompts, synthetic:heldout")
+    generate.add_argument("output", type=Path, help="JSONL file, a line per prompt; run again to go on with it")
+    generate.add_argument("overrides", nargs="*", metavar="key=value", help="num_samples=16 temperature=0.7, and so on")
+    generate.epilog = "keys and their defaults: " + " ".join(generation_keys())
     report = command("report", "write one self-contained HTML page about a run", _report)
     report.add_argument("run_dir", type=Path)
     report.add_argument("--output", type=Path, help="default: <run_dir>/report.html")
@@ -171,6 +180,19 @@ def _chat(options: argparse.Namespace) -> None:
         max_tokens=options.max_tokens,
         seed=options.seed,
     )
+
+
+def _generate(options: argparse.Namespace) -> None:
+    request = load_options(options.checkpoint, options.prompts, options.overrides)
+    from dots_align.runtime import is_main_process, setup_logging, stop_processes
+
+    setup_logging()
+    from dots_align.generation.command import generate
+
+    generate(request, options.output)
+    if is_main_process():
+        print(options.output)
+    stop_processes()
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -390,7 +390,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | No
     for override in overrides:
         if values.get("stage") == "pipeline":
             override = _stage_override(values, override)
-        _apply_override(values, override, origins)
+        apply_override(values, override, origins)
     found = values.get("stage")
     if not isinstance(found, str) or found not in RECIPES:
         where = origins.get(("stage",), str(path))
@@ -404,7 +404,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | No
         # A list whose only item is wrong is also called too short; the item is what to mend.
         deeper = {e["loc"][:n] for e in problems for n in range(len(e["loc"]))}
         problems = [e for e in problems if e["type"] != "too_short" or e["loc"] not in deeper]
-        raise ValueError("\n".join(_explain(e, RECIPES[found], origins, path) for e in problems)) from None
+        raise ValueError("\n".join(explain(e, RECIPES[found], origins, path) for e in problems)) from None
 
 
 def recipe_dict(recipe: Section) -> dict[str, Any]:
@@ -460,7 +460,8 @@ def _stage_override(values: dict[str, Any], override: str) -> str:
     return f"stages.{index}.overrides={json.dumps(given)}"
 
 
-def _apply_override(values: dict[str, Any], override: str, origins: dict[tuple[str, ...], str]) -> None:
+def apply_override(values: dict[str, Any], override: str, origins: dict[tuple[str, ...], str]) -> None:
+    """Puts `key=value` into `values`, and where it came from into `origins`, by key path."""
     key, equals, raw = override.partition("=")
     if not equals or not key:
         raise ValueError(f"override {override!r}: write key=value, for example optim.learning_rate=1e-5")
@@ -491,7 +492,7 @@ def _apply_override(values: dict[str, Any], override: str, origins: dict[tuple[s
     origins[path] = f"override {override!r}"
 
 
-def _explain(error: Any, recipe: type[Section], origins: dict[tuple[str, ...], str], path: Path) -> str:
+def explain(error: Any, recipe: type[Section], origins: dict[tuple[str, ...], str], path: Path) -> str:
     """One line for a person: where, which key, what is wrong, what to do."""
     location = tuple(str(part) for part in error["loc"])
     where = next((origins[location[:n]] for n in range(len(location), 0, -1) if location[:n] in origins), str(path))

@@ -33,13 +33,13 @@ def load_preference_pairs(data: DataSection, seed: int) -> list[PreferencePair]:
     return _read(data, lambda row, source: _preference_pair(row, source, data))
 
 
-def load_prompts(data: DataSection, seed: int) -> list[Prompt]:
-    """RL and evaluation records: a prompt and, where the row has it, the reference answer."""
+def load_prompts(data: DataSection, seed: int, need_answer: bool = True) -> list[Prompt]:
+    """RL and evaluation records: a prompt and its reference answer, which may be left out where nobody scores."""
     if data.path.startswith("synthetic:"):
         heldout = data.path == "synthetic:heldout"
         count, seed = _synthetic(data, "heldout" if heldout else "prompts", seed)
         return [replace(r, messages=_with_system(r.messages, data)) for r in synthetic.prompts(count, seed, heldout)]
-    return _read(data, lambda row, source: _prompt(row, source, data))
+    return _read(data, lambda row, source: _prompt(row, source, data, need_answer))
 
 
 def data_hash(records: list[Any]) -> str:
@@ -202,15 +202,20 @@ def _preference_pair(row: dict[str, Any], source: str, data: DataSection) -> Pre
     return PreferencePair(_prompt_messages(row, source, data), chosen, rejected, source)
 
 
-def _prompt(row: dict[str, Any], source: str, data: DataSection) -> Prompt:
+def _prompt(row: dict[str, Any], source: str, data: DataSection, need_answer: bool) -> Prompt:
+    return Prompt(_prompt_messages(row, source, data), _reference_answer(row, source, data, need_answer), source)
+
+
+def _reference_answer(row: dict[str, Any], source: str, data: DataSection, needed: bool) -> str | None:
     asked = data.answer_field
     fields = (asked,) if isinstance(asked, str) else asked
     for field in fields:
         if row.get(field) is None:
+            if not needed:
+                return None
             have = ", ".join(map(repr, row))
             raise ValueError(
                 f"{source}: no field {field!r} (the record has {have}); set data.answer_field to the right name"
             )
     answer = row[asked] if isinstance(asked, str) else {field: row[field] for field in fields}
-    text = json.dumps(answer, ensure_ascii=False) if isinstance(answer, list | dict) else str(answer)
-    return Prompt(_prompt_messages(row, source, data), text, source)
+    return json.dumps(answer, ensure_ascii=False) if isinstance(answer, list | dict) else str(answer)

@@ -1,0 +1,1 @@
+"""`dots-align generate`: samples of every prompt of a file, in bulk."""
