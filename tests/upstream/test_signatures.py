@@ -94,6 +94,21 @@ def test_trls_padding_free_collator_gives_the_boundaries_our_attention_needs() -
     assert two_rows["cu_seq_lens_q"].tolist() == [0, 3, 5, 8]
 
 
+# ---------------------------------------------------------------------------------------------------------------- torch
+
+
+def test_torch_has_the_attention_kernel_for_cpus_that_we_call() -> None:
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default._schema
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default._schema
+    inputs, settings = ["query", "key", "value"], ["dropout_p", "is_causal"]
+    options = {"attn_mask", "scale"}
+    assert [a.name for a in forward.arguments if a.name not in options] == inputs + settings
+    assert [a.name for a in forward.returns] == ["output", "logsumexp"]
+    wanted = ["grad_out", *inputs, "out", "logsumexp", *settings]
+    assert [a.name for a in backward.arguments if a.name not in options] == wanted
+    assert [a.name for a in backward.returns] == ["grad_query", "grad_key", "grad_value"]
+
+
 # --------------------------------------------------------------------------------------------------------- transformers
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Dots1ForCausalLM
 
-from dots_align.model.attention import packed_attention, packed_causal_attention
+from dots_align.model.attention import _in_buckets, packed_attention, packed_causal_attention
 from dots_align.model.dots1 import load_base_model
 from dots_align.model.packed import pack
 
@@ -22,19 +22,52 @@ def eager(model_dir: Path) -> Dots1ForCausalLM:
     return load_base_model(model_dir, "float32", "eager", "eager")
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=8), st.integers(0, 2**31))
-def test_equals_softmax_attention_of_each_sequence(lengths: list[int], seed: int) -> None:
+def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lengths: list[int], scaling: float):
+    """Of each sequence by itself, as the formula has it."""
+    attended = []
+    for query, key, value in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
+        scores = torch.einsum("qhd,khd->hqk", query, key) * scaling
+        scores = scores.masked_fill(torch.ones(scores.shape[1:]).triu(1).bool(), float("-inf"))
+        attended.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), value))
+    return torch.cat(attended)
+
+
+def packed_sequences(lengths: list[int], seed: int, dtype: torch.dtype, heads: int = 2, dim: int = 4):
+    """Queries, keys, values, a gradient for the result, and the boundaries."""
     generator = torch.Generator().manual_seed(seed)
-    total, heads, dim, scaling = sum(lengths), 2, 4, 0.3
-    q, k, v = (torch.randn(total, heads, dim, generator=generator, dtype=torch.float64) for _ in range(3))
-    boundaries = torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
-    found = packed_causal_attention(q, k, v, boundaries, scaling)
-    for start, length in zip(boundaries.tolist(), lengths, strict=False):
-        here = slice(start, start + length)
-        scores = torch.einsum("qhd,khd->hqk", q[here], k[here]) * scaling
-        scores = scores.masked_fill(torch.ones(length, length).triu(1).bool(), float("-inf"))
-        wanted = torch.einsum("hqk,khd->qhd", scores.softmax(-1), v[here])
-        torch.testing.assert_close(found[here], wanted, atol=1e-12, rtol=0)
+    q, k, v, grad = (torch.randn(sum(lengths), heads, dim, generator=generator).to(dtype) for _ in range(4))
+    return [x.requires_grad_() for x in (q, k, v)], grad, torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()])
+
+
+@pytest.mark.parametrize("attend", [packed_causal_attention, _in_buckets])
+@given(lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8), seed=st.integers(0, 2**31))
+def test_equals_softmax_attention_of_each_sequence(attend, lengths: list[int], seed: int) -> None:
+    inputs, grad, boundaries = packed_sequences(lengths, seed, torch.float64)
+    found, wanted = attend(*inputs, boundaries, 0.3), softmax_attention(*inputs, lengths, 0.3)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+    for result, exact in zip(*(torch.autograd.grad(out, inputs, grad) for out in (found, wanted)), strict=True):
+        torch.testing.assert_close(result, exact, atol=1e-12, rtol=0)
+
+
+def test_bf16_is_computed_in_fp32() -> None:
+    """What is lost is the rounding of the results, and in backward that of the output."""
+    lengths = [150, 3, 90]
+    inputs, grad, boundaries = packed_sequences(lengths, 0, torch.bfloat16, dim=32)
+    found = packed_causal_attention(*inputs, boundaries, 0.2)
+    found = [found, *torch.autograd.grad(found, inputs, grad)]
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    exact = softmax_attention(*exact_inputs, lengths, 0.2)
+    exact = [exact, *torch.autograd.grad(exact, exact_inputs, grad.double())]
+    assert all(result.dtype == torch.bfloat16 for result in found)
+    for result, wanted in zip(found, exact, strict=True):
+        assert (result.double() - wanted).norm() < 0.003 * wanted.norm()
+
+
+def test_a_sequence_does_not_depend_on_its_neighbours() -> None:
+    inputs, _, boundaries = packed_sequences([20, 50, 7], 0, torch.float32)
+    together = packed_causal_attention(*inputs, boundaries, 0.3)
+    alone = packed_causal_attention(*(x[20:70] for x in inputs), torch.tensor([0, 50]), 0.3)
+    assert torch.equal(together[20:70], alone)
 
 
 def test_a_packed_forward_equals_eager_ones_of_each_sequence(
