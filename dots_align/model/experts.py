@@ -13,10 +13,8 @@ backward needs and computes only the gradients that are asked for.
 
 from __future__ import annotations
 
-import contextlib
-import math
-import mmap
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,29 +24,17 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from dots_align.model.kept_memory import kept_empty
+
 IMPLEMENTATION = "dots_align_grouped"
-# glibc returns blocks above this size to the system when they are freed, whatever the program does.
-_KEPT_BYTES = 32 * 2**20
+# Multiplications that a CPU core could do in bf16 in the time that oneDNN takes to begin a product: 15 microseconds.
+_BEGINNING = 1_500_000
+_SMALL = 2**16  # numbers in a matrix; where they are larger, reading them is what takes the time
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _empty(shape: tuple[int, ...] | torch.Size, like: torch.Tensor) -> torch.Tensor:
-    """Uninitialised, with the dtype and on the device of `like`.
-
-    Large CPU memory is taken in huge pages: it comes from the system anew in every step, and in pages of 4 KiB getting
-    the memory of a weight gradient takes longer than computing it.
-    """
-    size = math.prod(shape) * like.element_size()
-    if like.device.type != "cpu" or size <= _KEPT_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return like.new_empty(shape)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=like.dtype).view(shape)
 
 
 # ------------------------------------------------------------------------------------------------- grouped products
@@ -99,7 +85,8 @@ class _Loop:
 
     oneDNN, which multiplies in bf16, compiles a kernel for every shape it meets, which takes longer than to multiply,
     and keeps a thousand of them. So there the number of rows of a product is rounded up to one of 8 sizes between
-    powers of two, by taking in some rows of the next experts.
+    powers of two, by taking in some rows of the next experts. It also takes its time to begin, so where products are
+    small one batched product computes them all, if experts have about as many rows.
     """
 
     @staticmethod
@@ -112,7 +99,9 @@ class _Loop:
 
     @staticmethod
     def weight_grad(grad: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        out, sizes = _empty(weight.shape, weight), counts.tolist()
+        out, sizes = kept_empty(weight.shape, weight), counts.tolist()
+        if batch := _Batch.of(counts, sizes, rows, weight):
+            return out.copy_(torch.bmm(batch.padded(grad).mT, batch.padded(rows)))
         grads = list(grad.mT.split(sizes, dim=1))
         blocks, rounded = _Loop._blocks(rows, sizes)
         for expert in rounded:  # what was taken in counts nothing here
@@ -129,7 +118,10 @@ class _Loop:
     @staticmethod
     def _multiply(rows: torch.Tensor, counts: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
         """Block e of `rows` times `matrices[e]`."""
-        out, sizes = _empty((len(rows), matrices.shape[2]), rows), counts.tolist()
+        sizes = counts.tolist()
+        if batch := _Batch.of(counts, sizes, rows, matrices):
+            return batch.unpadded(torch.bmm(batch.padded(rows), matrices.to(rows.dtype)))
+        out = rows.new_empty(len(rows), matrices.shape[2])
         blocks, _ = _Loop._blocks(rows, sizes)
         results, _ = _Loop._blocks(out, sizes)
         each: Iterable[torch.Tensor] = matrices.unbind()
@@ -146,13 +138,48 @@ class _Loop:
         blocks, rounded, start = list(rows.split(sizes)), [], 0
         if rows.element_size() == 2:
             for expert, size in enumerate(sizes):
-                step = 1 << max(size.bit_length() - 4, 0)
-                end = start + (size + step - 1) // step * step
+                end = start + _rounded_up(size)
                 if end > start + size:
                     blocks[expert] = rows[start:end]
                     rounded.append(expert)
                 start += size
         return blocks, rounded
+
+
+def _rounded_up(size: int) -> int:
+    """To one of 8 sizes between powers of two."""
+    step = 1 << max(size.bit_length() - 4, 0)
+    return (size + step - 1) // step * step
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Every expert's rows padded to `width`; of all these, row i is number `slots[i]`."""
+
+    num_experts: int
+    width: int
+    slots: torch.Tensor
+
+    @staticmethod
+    def of(counts: torch.Tensor, sizes: list[int], rows: torch.Tensor, weight: torch.Tensor) -> _Batch | None:
+        """None where products one by one are faster. `sizes` are those of `counts`."""
+        if rows.element_size() > 2 or weight[0].numel() > _SMALL:  # products in fp32 begin at once
+            return None
+        num_experts, width = len(sizes), _rounded_up(max(sizes))
+        if (num_experts * width - len(rows)) * weight[0].numel() > num_experts * _BEGINNING:
+            return None
+        shifts = torch.arange(num_experts) * width - (counts.cumsum(0) - counts)
+        slots = torch.arange(len(rows)) + torch.repeat_interleave(shifts, counts, output_size=len(rows))
+        return _Batch(num_experts, width, slots)
+
+    def padded(self, rows: torch.Tensor) -> torch.Tensor:
+        """[M, N] -> [E, width, N], zero where there is no row."""
+        batch = rows.new_zeros(self.num_experts * self.width, rows.shape[1])
+        return batch.index_copy_(0, self.slots, rows).unflatten(0, (self.num_experts, self.width))
+
+    def unpadded(self, batch: torch.Tensor) -> torch.Tensor:
+        """[E, width, N] -> [M, N]"""
+        return batch.flatten(0, 1).index_select(0, self.slots)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -203,7 +230,7 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         (hidden,) = ctx.saved_tensors
         gate, up = hidden.chunk(2, dim=-1)
-        hidden_grad = _empty(hidden.shape, hidden)
+        hidden_grad = torch.empty_like(hidden)
         gate_grad, up_grad = hidden_grad.chunk(2, dim=-1)
         torch.mul(F.silu(gate), grad, out=up_grad)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
@@ -278,7 +305,7 @@ class _Gather(torch.autograd.Function):
         ctx.dtype = hidden.dtype
         ctx.save_for_backward(places)
         hidden = hidden.to(dtype)
-        rows = _empty((len(order), hidden.shape[1]), hidden)
+        rows = hidden.new_empty(len(order), hidden.shape[1])
         return torch.index_select(hidden, 0, order // len(places), out=rows)
 
     @staticmethod
@@ -318,7 +345,7 @@ class _Combine(torch.autograd.Function):
         row_tokens, row_weights = order // len(places), weights.reshape(-1)[order].unsqueeze(-1)
         out_grad = None
         if ctx.needs_input_grad[0]:
-            out_grad = _empty((num_rows, grad.shape[1]), grad.new_empty(0, dtype=ctx.out_dtype))
+            out_grad = grad.new_empty(num_rows, grad.shape[1], dtype=ctx.out_dtype)
         dots = grad.new_empty(num_rows, dtype=wide)
         # Piece by piece: the wide copies of a piece stay in a CPU's cache, and are small beside a GPU's memory.
         piece = 1024 if grad.device.type == "cpu" else 16384

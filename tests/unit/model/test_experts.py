@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.dots1.modeling_dots1 import Dots1NaiveMoe
 
 from dots_align.model.dots1 import load_base_model, preset_config
-from dots_align.model.experts import IMPLEMENTATION, experts_forward, grouped_linear
+from dots_align.model.experts import IMPLEMENTATION, _Batch, _Gather, _sort_by_expert, experts_forward, grouped_linear
 
 HIDDEN, WIDTH, EXPERTS, TOP_K = 32, 24, 8, 3
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -152,6 +152,16 @@ def test_gates_are_applied_in_fp32() -> None:
         assert_close(case.forward(), out * factor, rtol=1e-6, atol=1e-6)
 
 
+def test_gradients_of_a_tokens_rows_are_added_in_fp32() -> None:
+    """256 and eight times 1 are 264; in bf16 each 1 would be lost."""
+    order, places, _ = _sort_by_expert(torch.arange(9)[None], 9)
+    hidden = torch.zeros(1, 2, dtype=torch.bfloat16, requires_grad=True)
+    rows = _Gather.apply(hidden, order, places, torch.bfloat16)
+    rows.backward(torch.tensor([256.0] + 8 * [1.0], dtype=torch.bfloat16)[:, None].expand(9, 2))
+    assert hidden.grad is not None
+    assert hidden.grad.tolist() == [[264.0, 264.0]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_repeated_runs_agree_in_every_bit(dtype: torch.dtype) -> None:
     case = Case(ROUTINGS["many"], dtype)
@@ -254,13 +264,14 @@ def test_other_work_meanwhile() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [3, 4000], ids=["narrow", "wide"])
 @pytest.mark.parametrize("sizes", [[3, 0, 33, 4], [0, 0, 0, 100], [129, 31, 17, 16], [0, 0, 0, 0]], ids=str)
-def test_grouped_linear_of_any_sizes(sizes: list[int], dtype: torch.dtype) -> None:
-    """Narrow like a low-rank adapter, with weights in a dtype of their own."""
+def test_grouped_linear_of_any_sizes(sizes: list[int], width: int, dtype: torch.dtype) -> None:
+    """Narrow like a low-rank adapter, or too wide for one batched product; with weights in a dtype of their own."""
     torch.manual_seed(0)
-    weight = torch.randn(len(sizes), 3, 20, requires_grad=True)
+    weight = torch.randn(len(sizes), width, 20, requires_grad=True)
     rows = torch.randn(sum(sizes), 20, dtype=dtype, requires_grad=True)
-    grad = torch.randn(sum(sizes), 3, dtype=dtype)
+    grad = torch.randn(sum(sizes), width, dtype=dtype)
     out = grouped_linear(rows, torch.tensor(sizes), weight)
     found = [out, *torch.autograd.grad(out, (rows, weight), grad)]
     assert [tensor.dtype for tensor in found] == [dtype, dtype, torch.float32]
@@ -275,6 +286,20 @@ def test_grouped_linear_of_any_sizes(sizes: list[int], dtype: torch.dtype) -> No
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     for ours, right in zip(found, expected, strict=True):
         assert (ours.double() - right).norm() <= tolerance * right.norm()
+
+
+def test_one_batched_product_only_where_it_is_cheaper() -> None:
+    """In bf16 on a CPU, for small matrices, and if padding costs less than to begin many products."""
+
+    def batched(sizes: list[int], width: int = 64, dtype: torch.dtype = torch.bfloat16) -> bool:
+        rows, weight = torch.zeros(sum(sizes), 128, dtype=dtype), torch.zeros(len(sizes), width, 128, dtype=dtype)
+        return _Batch.of(torch.tensor(sizes), sizes, rows, weight) is not None
+
+    assert batched([30, 35, 28, 33])
+    assert batched([0, 64])
+    assert not batched([30, 35, 28, 33], dtype=torch.float32)
+    assert not batched([30, 35, 28, 33], width=1024)
+    assert not batched([30, 5000, 28, 33])
 
 
 def test_weights_of_many_megabytes_train() -> None:
