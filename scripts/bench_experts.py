@@ -41,7 +41,7 @@ OTHERS = ("eager", "batched_mm", "grouped_mm")
 MODES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "autocast": torch.float32}
 SKEWED_TOKENS = 1024
 # Rounds that do not count: bf16 kernels are compiled for every new number of rows.
-WARM_UP = 4
+WARM_UP = 3
 # An implementation this much slower than ours in the first round is not run again: its ratio is beyond doubt.
 HOPELESS = 8.0
 # (groups, rows a group, in, out) of table 1 of the dots.llm1 report (arXiv 2506.05767).
@@ -209,7 +209,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=small["moe_intermediate_size"], help="of an expert")
     parser.add_argument("--experts", type=int, default=PRESETS["llm1"]["n_routed_experts"])
     parser.add_argument("--top-k", type=int, default=PRESETS["llm1"]["num_experts_per_tok"])
-    parser.add_argument("--repeats", type=int, default=9, help="timed rounds of each case")
+    parser.add_argument("--repeats", type=int, default=7, help="timed rounds of each case")
     parser.add_argument("--max-gib", type=float, default=4.0, help="leave out batched_mm where it takes more memory")
     parser.add_argument("--threads", type=int, help="of the CPU; torch's choice if not given")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -8,9 +8,9 @@ steps. The sides are
     best     TRL at its best: SFT on packed rows (`padding_free`), DPO with reference log-probs computed beforehand
 
 all without gradient checkpointing. Tokens are those of the examples, without padding, the same for every side; what DPO
-spends on the reference counts. Sides take turns, the ratio is the median over rounds. The examples are worked
-arithmetic of our synthetic data, several questions to a conversation, so that lengths spread as in real data (a padded
-batch is about half full).
+spends on the reference counts, shared out over the steps. Sides take turns, the ratio is the median over the steps of
+all rounds. The examples are worked arithmetic of our synthetic data, several questions to a conversation, so that
+lengths spread as in real data (a padded batch is about half full).
 
 Memory is what one SFT step adds at its peak to what the process held after a step on a few tokens, each side in a
 process of its own: one row of 4096 tokens, a vocabulary of 152064, a hidden size so small that the head is nearly all.
@@ -40,6 +40,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,15 @@ STAGES = ("sft", "dpo")
 SIDES = ("ours", "stock", "best")
 MAX_QUESTIONS, MAX_LENGTH = 12, 1024
 WARMUP_STEPS = 1  # of each round: a first step pays for what later ones reuse
+# Sequences a step (a preference pair is two) and timed steps a round: of small, few, so that all takes minutes.
+BATCH = {"tiny": 16, "small": 4}
+STEPS = {"tiny": 5, "small": 2}
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclass
 class Measured:
-    """One side of one comparison: tokens/s of each round, and the losses of the first round."""
+    """One side of one comparison: tokens/s of each step of each round, and the losses of the first round."""
 
     rates: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -130,7 +134,7 @@ def drawn(count: int, seed: int) -> list[int]:
 
 @dataclass
 class Task:
-    """What all sides of one comparison train on."""
+    """What all sides of one comparison train on, `batch` rows a step."""
 
     stage: str
     dtype: str
@@ -162,11 +166,12 @@ class Task:
         return load_recipe(ROOT / f"recipes/tiny/{self.stage}.yaml", [*keys, *own])
 
     def tokens(self) -> list[int]:
-        """Of each row, in the order they are trained on."""
+        """Of each step."""
         sizes = [
             sum(len(encode_conversation(self.tokenizer, c).input_ids) for c in conversations(r)) for r in self.rows
         ]
-        return [sizes[i] for i in drawn(len(sizes), 0)]
+        drawn_sizes = [sizes[i] for i in drawn(len(sizes), 0)]
+        return [sum(drawn_sizes[n : n + self.batch]) for n in range(0, len(sizes), self.batch)]
 
 
 @dataclass
@@ -263,15 +268,15 @@ def reference_clock() -> Iterator[list[float]]:
         DPOTrainer.compute_ref_log_probs = own
 
 
-def run_side(task: Task, side: str) -> tuple[float, list[float]]:
-    """Trains one side on all rows; returns tokens/s after the warm-up, and each step's loss."""
+def run_side(task: Task, side: str) -> tuple[list[float], list[float]]:
+    """Trains one side on all rows; returns tokens/s of each step after the warm-up, and each step's loss."""
     with tempfile.TemporaryDirectory() as scratch:
         directory = Path(scratch)
         timed = run_ours(task, directory) if side == "ours" else run_trl(task, directory, side == "best")
-    skipped = WARMUP_STEPS * task.batch
-    seconds = timed.ends[-1] - timed.ends[WARMUP_STEPS - 1]
-    seconds += timed.reference * (1 - skipped / len(task.rows))
-    return sum(task.tokens()[skipped:]) / seconds, timed.losses
+    tokens = task.tokens()
+    reference = timed.reference / sum(tokens)  # per token
+    steps = list(zip(tokens[1:], pairwise(timed.ends), strict=True))[WARMUP_STEPS - 1 :]
+    return [n / (end - start + reference * n) for n, (start, end) in steps], timed.losses
 
 
 def compare(task: Task, rounds: int) -> dict[str, Measured]:
@@ -279,8 +284,8 @@ def compare(task: Task, rounds: int) -> dict[str, Measured]:
     measured = {side: Measured() for side in SIDES}
     for number in range(rounds):
         for side in SIDES:
-            rate, losses = run_side(task, side)
-            measured[side].rates.append(rate)
+            rates, losses = run_side(task, side)
+            measured[side].rates += rates
             if number == 0:
                 measured[side].losses = losses
     return measured
@@ -380,10 +385,11 @@ def compare_speed(options: argparse.Namespace) -> dict[str, float]:
             start = start_of(preset, Path(scratch) / preset)
             _, tokenizer = load_model(ModelSection(path=str(start)))
             for stage in options.stages:
-                count = options.batch * (options.steps + WARMUP_STEPS)
+                batch = (options.batch or BATCH[preset]) // (1 if stage == "sft" else 2)
+                count = batch * ((options.steps or STEPS[preset]) + WARMUP_STEPS)
                 rows = sft_rows(count) if stage == "sft" else dpo_rows(count)
                 for dtype in options.dtypes:
-                    found = compare(Task(stage, dtype, start, rows, options.batch, tokenizer), options.rounds)
+                    found = compare(Task(stage, dtype, start, rows, batch, tokenizer), options.rounds)
                     print_row(stage, preset, dtype, found)
                     results.setdefault((stage, dtype), []).append(found)
     return summarise(results)
@@ -407,9 +413,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--stages", nargs="*", choices=STAGES, default=list(STAGES))
     parser.add_argument("--presets", nargs="*", choices=("tiny", "small"), default=["tiny", "small"])
     parser.add_argument("--dtypes", nargs="*", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
-    parser.add_argument("--steps", type=int, default=4, help="timed optimizer steps a round (default 4)")
-    parser.add_argument("--rounds", type=int, default=3, help="how often the sides take turns (default 3)")
-    parser.add_argument("--batch", type=int, default=16, help="conversations, or pairs, a step (default 16)")
+    parser.add_argument("--steps", type=int, help=f"timed optimizer steps a round (default {STEPS})")
+    parser.add_argument("--rounds", type=int, default=2, help="how often the sides take turns (default 2)")
+    parser.add_argument("--batch", type=int, help=f"sequences a step, two to a preference pair (default {BATCH})")
     parser.add_argument("--no-memory", action="store_true", help="leave the memory comparison out")
     parser.add_argument("--memory-of", nargs=3, metavar=("SIDE", "VOCABULARY", "TOKENS"), help=argparse.SUPPRESS)
     options = parser.parse_args()
