@@ -20,7 +20,12 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 settings.register_profile("dots_align", deadline=None, derandomize=bool(os.environ.get("CI")), print_blob=True)
 settings.load_profile("dots_align")
 
-torch.set_num_threads(os.cpu_count() or 1)
+# Test processes that run beside each other, one for each core, leave the threads of the others alone.
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")

@@ -183,6 +183,11 @@ def _step(case: Case, model: Any, optimizer: Any, live: LiveStorages) -> tuple[d
     return peaks, gradients
 
 
+def _watching(live: LiveStorages) -> Any:
+    """Only the first rank is asked what it saw, and looking after every operation is most of the time."""
+    return live if dist.get_rank() == 0 else nullcontext()
+
+
 def _training(case: Case) -> dict[str, Any]:
     """Measured bytes of the second step: when the optimizer has its states."""
     sharded = case.world > 1 or case.bf16
@@ -192,7 +197,7 @@ def _training(case: Case) -> dict[str, Any]:
     offload = bool(case.parallel.get("offload_optimizer"))
     optimizer = make_optimizer(model.named_parameters(), OptimSection(), offload)
     live = LiveStorages()
-    with live:
+    with _watching(live):
         for parameter in model.parameters():
             live.see(parameter.detach())
         _step(case, model, optimizer, live)
@@ -213,7 +218,7 @@ def _rollout(case: Rollout) -> int:
     prompt = [1 + i for i in range(case.prompt_tokens)]
     requests = [GenerationRequest(prompt, case.group_size, sampling) for _ in range(case.groups)]
     live, peaks = LiveStorages(), {}
-    with live, live.phase("rollout", peaks):
+    with _watching(live), live.phase("rollout", peaks):
         for parameter in model.parameters():
             live.see(parameter.detach())
         RolloutEngine(model, case.groups * case.group_size).generate(requests, return_routes=True)

@@ -13,6 +13,8 @@ STEPS = [
     Step(skew=True),
     Step(uneven=True),
 ]
+# Eight processes on a few cores are slow: the skewed routing, and all others in one.
+STEPS_OF_EIGHT = [Step(max_norm=0.1, accumulation=2, checkpointing=True, uneven=True), Step(skew=True)]
 LAYOUTS = [
     (world, {"ep": ep, "dp_replicate": replicas})
     for world in (2, 4, 8)
@@ -24,8 +26,9 @@ LAYOUTS = [
 
 @pytest.mark.parametrize(("world", "parallel"), LAYOUTS, ids=lambda v: str(v))
 def test_steps_equal_one_process(world, parallel):
-    differences, *_ = launch(world, steps_equal_one_process, parallel, STEPS)
-    for step, difference in zip(STEPS, differences, strict=True):
+    steps = STEPS_OF_EIGHT if world == 8 else STEPS
+    differences, *_ = launch(world, steps_equal_one_process, parallel, steps)
+    for step, difference in zip(steps, differences, strict=True):
         assert max(difference.values()) < 1e-5, (step, difference)
 
 

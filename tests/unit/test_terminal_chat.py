@@ -210,6 +210,7 @@ class Terminal:
     def __init__(self, arguments: list[str]) -> None:
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # tests that run in the background have it ignored
             os.execv(arguments[0], arguments)
         self.output = b""
 
