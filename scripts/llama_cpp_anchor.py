@@ -35,7 +35,8 @@ class Generated:
     """Samples by prompt: `response_ids[p][s]` holds the tokens, a stop token included, `logprobs` as many numbers.
 
     `logprobs` are those of the model's own distribution (temperature 1). `seconds` is all of it, of which
-    `prefill_seconds` went into the prompts and `sampling_seconds` into drawing tokens, outside llama.cpp.
+    `prefill_seconds` went into the prompts and `sampling_seconds` into drawing tokens, outside llama.cpp. `num_cells`
+    is the size of the cache, in tokens.
     """
 
     response_ids: list[list[list[int]]]
@@ -43,6 +44,7 @@ class Generated:
     seconds: float = 0.0
     prefill_seconds: float = 0.0
     sampling_seconds: float = 0.0
+    num_cells: int = 0
     num_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -102,7 +104,7 @@ class LlamaCpp:
         self,
         prompts: Sequence[Sequence[int]],
         num_samples: int,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         temperature: float = 1.0,
         seed: int = 0,
         stop_token_ids: Sequence[int] = (),
@@ -112,7 +114,7 @@ class LlamaCpp:
         Args:
             prompts: token ids; none empty.
             num_samples: of each prompt; at most 256 sequences in all.
-            max_tokens: of each sample.
+            max_tokens: of each sample; or a number for each prompt, for the samples of that.
             temperature: 0 is greedy.
             seed: of the draws.
             stop_token_ids: a sample ends with the first of them.
@@ -122,7 +124,10 @@ class LlamaCpp:
         """
         if len(prompts) * num_samples > MAX_SEQUENCES or not all(prompts):
             raise ValueError(f"llama.cpp takes up to {MAX_SEQUENCES} sequences, and no prompt may be empty")
-        run = _Run(self, prompts, num_samples, max_tokens)
+        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
+        if len(limits) != len(prompts) or min(limits) < 1:
+            raise ValueError(f"max_tokens {max_tokens} for {len(prompts)} prompts: give one, or one each, at least 1")
+        run = _Run(self, prompts, num_samples, limits)
         try:
             return run.generate(_Sampler(temperature, seed), frozenset(stop_token_ids))
         finally:
@@ -157,16 +162,18 @@ class _Sampler:
 class _Run:
     """One call of `generate`: a context, a batch, and which sequence of llama.cpp holds which sample."""
 
-    def __init__(self, owner: LlamaCpp, prompts: Sequence[Sequence[int]], num_samples: int, max_tokens: int) -> None:
-        self.owner, self.prompts, self.num_samples, self.max_tokens = owner, prompts, num_samples, max_tokens
+    def __init__(self, owner: LlamaCpp, prompts: Sequence[Sequence[int]], num_samples: int, limits: list[int]) -> None:
+        self.owner, self.prompts, self.num_samples, self.limits = owner, prompts, num_samples, limits
         self.num_sequences = len(prompts) * num_samples
         prompt_tokens = sum(map(len, prompts))
         capacity = max(prompt_tokens, self.num_sequences)
         if owner.kv_unified:
-            cells = prompt_tokens + self.num_sequences * max_tokens
+            cells = prompt_tokens + num_samples * sum(limits)
         else:
             # Every sequence gets an equal share, in steps of 256.
-            cells = self.num_sequences * -(-(max(map(len, prompts)) + max_tokens) // 256) * 256
+            longest = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
+            cells = self.num_sequences * -(-longest // 256) * 256
+        self.num_cells = cells
         context = llama_cpp.llama_init_from_model(owner._model, self._parameters(cells, capacity))
         if context is None:
             raise ValueError(f"llama.cpp refuses a context of {cells} cells for {self.num_sequences} sequences")
@@ -201,7 +208,7 @@ class _Run:
             for sample, token, logprob in zip(running, *map(np.ndarray.tolist, sampler.draw(logits)), strict=True):
                 ids[sample].append(token)
                 logprobs[sample].append(logprob)
-            ended = {s for s in running if ids[s][-1] in stops or len(ids[s]) == self.max_tokens}
+            ended = {s for s in running if ids[s][-1] in stops or len(ids[s]) == self.limits[s // self.num_samples]}
             running, slots = self._retire(running, slots, ended)
             if not running:
                 break
@@ -213,6 +220,7 @@ class _Run:
             seconds=time.perf_counter() - started,
             prefill_seconds=prefilled - started,
             sampling_seconds=sampler.seconds,
+            num_cells=self.num_cells,
         )
 
     def _prefill(self) -> np.ndarray:

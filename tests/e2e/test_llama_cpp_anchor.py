@@ -96,6 +96,15 @@ def test_samples_end_at_stop_tokens_and_others_go_on(anchor: LlamaCpp, model: An
     check_logprobs(model, generated)
 
 
+def test_each_prompt_may_have_a_limit_of_its_own(anchor: LlamaCpp, model: Any) -> None:
+    limits = [3, MAX_TOKENS, 1]
+    generated = anchor.generate(PROMPTS, 4, limits, seed=5)
+    assert [[len(ids) for ids in group] for group in generated.response_ids] == [[n] * 4 for n in limits]
+    check_logprobs(model, generated)
+    held = sum(len(prompt) + 4 * limit for prompt, limit in zip(PROMPTS, limits, strict=True))
+    assert generated.num_cells == (held if anchor.kv_unified else 12 * 256)
+
+
 def test_temperature_sharpens(anchor: LlamaCpp) -> None:
     cold, warm = (anchor.generate(PROMPTS, 8, MAX_TOKENS, temperature=t, seed=4) for t in (0.3, 1.0))
     assert np.mean(cold.logprobs) > np.mean(warm.logprobs) + 0.5
@@ -106,6 +115,8 @@ def test_bad_requests_are_refused(anchor: LlamaCpp, tmp_path: Path) -> None:
         anchor.generate([[]], 1, 4)
     with pytest.raises(ValueError, match="up to 256 sequences"):
         anchor.generate(PROMPTS, 100, 4)
+    with pytest.raises(ValueError, match="give one, or one each, at least 1"):
+        anchor.generate(PROMPTS, 1, [4, 0, 4])
     (tmp_path / "broken.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"broken.gguf: llama.cpp cannot load it"):
         LlamaCpp(tmp_path / "broken.gguf")
