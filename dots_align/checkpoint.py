@@ -324,7 +324,7 @@ def load_model(
     Raises:
         ValueError: no such directory, a missing or damaged shard, or not a dots1 checkpoint.
     """
-    directory, base = _directories(model)
+    directory, base = model_directories(model)
     try:
         loaded = load_base_model(base, model.dtype, model.attn_implementation, model.experts_implementation)
         if base != directory:
@@ -337,7 +337,7 @@ def load_model(
     return loaded, tokenizer
 
 
-def _directories(model: ModelSection) -> tuple[Path, Path]:
+def model_directories(model: ModelSection) -> tuple[Path, Path]:
     """The checkpoint directory a recipe names, and the one of the full weights (an adapter's base); both are whole."""
     if model.path is None:
         raise ValueError("model.path is not set; give a checkpoint directory, or model.preset=tiny for fresh weights")
@@ -369,7 +369,7 @@ def load_trainable(
             loaded = add_adapter(loaded, lora, _lasting(model), seed)
         loaded._is_accelerate_prepared = True  # pyright: ignore[reportAttributeAccessIssue] - or a launch of one is DDP
         return loaded, tokenizer
-    directory, base = _directories(model)
+    directory, base = model_directories(model)
     if base != directory:
         raise ValueError(
             f"{directory}: an adapter cannot be merged into a sharded model; `dots-align export {directory}` writes "
@@ -412,7 +412,7 @@ def check_parallel(recipe: Any) -> None:
         if recipe.model.preset is not None:
             num_experts: Any = preset_config(recipe.model.preset).n_routed_experts
         else:
-            _, base = _directories(recipe.model)
+            _, base = model_directories(recipe.model)
             num_experts = json.loads((base / "config.json").read_text(encoding="utf-8"))["n_routed_experts"]
         check_layout(recipe.parallel, world_size(), num_experts)
 

@@ -19,7 +19,8 @@ from dots_align.generation.options import generation_keys, load_options
 STAGES = {
     "sft": "supervised fine-tuning on conversations",
     "dpo": "direct preference optimisation",
-    "grpo": "reinforcement learning from verifiable rewards",
+    "grpo": "reinforcement learning from verifiable rewards, by comparing answers",
+    "ppo": "the same with a critic",
     "pipeline": "stages in order, then export and report",
 }
 

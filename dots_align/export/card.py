@@ -18,6 +18,7 @@ STAGE_NAMES = {
     "sft": "supervised fine-tuning",
     "dpo": "direct preference optimisation",
     "grpo": "reinforcement learning (GRPO)",
+    "ppo": "reinforcement learning (PPO)",
 }
 # What a reader asks of each stage first; keys that a recipe does not have, or has as null, are left out.
 SHOWN_KEYS = (
@@ -33,6 +34,7 @@ SHOWN_KEYS = (
     "rollout.group_size",
     "rollout.temperature",
     "rollout.max_tokens",
+    "algorithm.name",
     "algorithm.advantage_estimator",
     "algorithm.policy_loss",
     "algorithm.kl_coef",

@@ -6,6 +6,7 @@ chosen ids), so what is reported is what was computed.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -128,11 +129,13 @@ class RecordedRoutes:
     """Routes of the forwards inside `record_routes`: per forward one [tokens, layers, k] uint8 tensor of expert ids.
 
     `gaps` (fp32 [tokens, layers], only if asked for) is the distance in choice score (sigmoid + correction bias)
-    between the last chosen and the first rejected expert: a tiny gap is a near-tie that rounding may flip.
+    between the last chosen and the first rejected expert: a tiny gap is a near-tie that rounding may flip. `shifted`
+    (bool [tokens, layers], only under replay) says where the router would have chosen otherwise.
     """
 
     routes: list[torch.Tensor] = field(default_factory=list)
     gaps: list[torch.Tensor] = field(default_factory=list)
+    shifted: list[torch.Tensor] = field(default_factory=list)
 
     def take(self) -> torch.Tensor:
         """The routes of the one forward since the last call."""
@@ -175,6 +178,66 @@ def record_routes(model: nn.Module, with_gaps: bool = False) -> Iterator[Recorde
             handle.remove()
 
 
+FREE = -1  # stands where replayed routes leave a token to its own choice
+
+
+class RouteReplay:
+    """Sends every token to given experts, in the forwards and backwards made while it is entered.
+
+    Gate values are those of the current scores at the given experts, so gradients flow to the router through them. It
+    has to stay entered until backward has run: activation checkpointing routes once more there.
+
+    Args:
+        routes: [tokens, layers, k] expert ids; FREE where a token may choose for itself (whole tokens at a time).
+    """
+
+    def __init__(self, model: nn.Module, routes: torch.Tensor) -> None:
+        self._blocks = [block for _, block in moe_layers(model)]
+        self._routes = routes.long()
+        self._shifted: list[torch.Tensor] = []
+        assert routes.shape[1:] == (len(self._blocks), self._blocks[0].top_k)
+
+    def __enter__(self) -> RouteReplay:
+        # On the instance, as in expert_parallel: both Dots1MoE.forward and its replacement there call it.
+        for layer, block in enumerate(self._blocks):
+            block.route_tokens_to_experts = functools.partial(self._route, layer, block)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for block in self._blocks:
+            del block.route_tokens_to_experts
+
+    def _route(self, layer: int, block: Any, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        own, _ = type(block).route_tokens_to_experts(block, logits)
+        given = self._routes[:, layer]
+        chosen = torch.where(given == FREE, own, given)
+        if not in_backward():
+            self._shifted.append((own.sort(-1).values != chosen.sort(-1).values).any(-1))
+        weights = logits.sigmoid().gather(1, chosen)
+        if block.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return chosen, weights * block.routed_scaling_factor
+
+    def shifted(self) -> torch.Tensor:
+        """[tokens, layers] of the one forward: where the router itself would have chosen another set."""
+        return torch.stack(self._shifted, dim=1)
+
+
+def routes_of(recorded: bytes, num_tokens: int, num_layers: int, k: int) -> torch.Tensor:
+    """[num_tokens, layers, k] int16 from `Sample.routes`; the last token, which was never fed, is FREE.
+
+    Raises:
+        ValueError: they are of another sequence, or of another model.
+    """
+    if len(recorded) != (num_tokens - 1) * num_layers * k:
+        raise ValueError(
+            f"routes of {len(recorded)} bytes do not belong to {num_tokens} tokens of a model with {num_layers} routed "
+            f"layers and {k} experts a token"
+        )
+    found = torch.frombuffer(bytearray(recorded), dtype=torch.uint8).to(torch.int16)
+    return torch.cat([found.view(-1, num_layers, k), found.new_full((1, num_layers, k), FREE)])
+
+
 @dataclass(frozen=True)
 class RouteFlips:
     """Where two forwards of one sequence chose different experts.
@@ -182,11 +245,13 @@ class RouteFlips:
     `affected` [n] bool: positions at or after a token that went another way (its state differs, and later tokens
     attend to it). `num_roots` and `root_gap`: flips in the lowest layer that has any, which no other flip can have
     caused, and the largest score gap among them; a gap of about 1e-7 is rounding at a tie, a large one is a bug.
+    `differ` [n, layers] bool: where the chosen sets are not the same.
     """
 
     affected: torch.Tensor
     num_roots: int
     root_gap: float
+    differ: torch.Tensor
 
 
 def find_flips(routes: torch.Tensor, gaps: torch.Tensor, other: bytes) -> RouteFlips:
@@ -196,9 +261,9 @@ def find_flips(routes: torch.Tensor, gaps: torch.Tensor, other: bytes) -> RouteF
     affected = differ.any(-1).cumsum(0) > 0
     layers = differ.any(0).nonzero().squeeze(-1)
     if len(layers) == 0:
-        return RouteFlips(affected, 0, 0.0)
+        return RouteFlips(affected, 0, 0.0, differ)
     roots = differ[:, layers[0]]
-    return RouteFlips(affected, int(roots.sum()), float(gaps[: len(theirs), layers[0]][roots].max()))
+    return RouteFlips(affected, int(roots.sum()), float(gaps[: len(theirs), layers[0]][roots].max()), differ)
 
 
 class LoadMonitor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -51,13 +51,19 @@ class HubFiles:
             with safe_open(directory / WEIGHTS, framework="pt") as file:
                 self.file_of = dict.fromkeys(file.keys(), WEIGHTS)
 
-    def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> torch.Tensor:
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def _slice(self, name: str) -> Any:
         if name not in self.file_of:
             raise ValueError(f"{self.directory}: tensor {name} is missing; the checkpoint is not whole")
         file = self.file_of[name]
         if file not in self._open:
             self._open[file] = safe_open(self.directory / file, framework="pt")
-        tensor = self._open[file].get_slice(name)
+        return self._open[file].get_slice(name)
+
+    def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> torch.Tensor:
+        tensor = self._slice(name)
         if tuple(tensor.get_shape()) != shape:
             raise ValueError(
                 f"{self.directory}: tensor {name} has shape {tuple(tensor.get_shape())}, its config.json says {shape}"
@@ -66,8 +72,9 @@ class HubFiles:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, directory: Path) -> None:
-    """Fills the local part of every weight from a full checkpoint; each rank reads only what it keeps.
+def load_weights(model: nn.Module, directory: Path, leave_out: Collection[str] = ()) -> None:
+    """Fills the local part of every weight, but for those named, from a full checkpoint; each rank reads only what it
+    keeps.
 
     Raises:
         ValueError: a tensor is missing or has another shape than the model's configuration says.
@@ -75,7 +82,7 @@ def load_weights(model: nn.Module, directory: Path) -> None:
     files = HubFiles(directory)
     for name, tensor in hub_tensors(model).items():
         target, part = own_part(tensor)
-        if target.numel():
+        if target.numel() and name not in leave_out:
             fill(files, name, tensor.shape, part, target)
 
 

@@ -8,20 +8,22 @@ the batch changes nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, get_scheduler
 
 from dots_align.config import OptimSection
 from dots_align.model.expert_parallel import clip_grad_norm, is_sharded, no_gradient_sync, reshard
+from dots_align.model.heads import state_values
 from dots_align.model.logprobs import IGNORED, model_logprobs
 from dots_align.model.optimizer import load_optimizer, make_optimizer, save_optimizer
 from dots_align.model.packed import micro_batches, pack
-from dots_align.model.router import RecordedRoutes, idle, record_routes
+from dots_align.model.router import RecordedRoutes, RouteReplay, idle, moe_layers, record_routes, routes_of
 from dots_align.runtime import gather_objects, is_main_process, world_size
 from dots_align.types import Trajectory
 
@@ -43,8 +45,23 @@ class ResponseScores:
     boundaries: list[int]
 
 
-LossFunction = Callable[[ResponseScores], tuple[torch.Tensor, dict[str, float]]]
+@dataclass(frozen=True)
+class ResponseValues:
+    """What a critic says: `values` [b, T] of the states in which each response token was chosen; else as
+    `ResponseScores`.
+    """
+
+    members: list[int]
+    values: torch.Tensor
+    mask: torch.Tensor
+    boundaries: list[int]
+
+
+LossFunction = Callable[[Any], tuple[torch.Tensor, dict[str, float]]]
+"""From `ResponseScores` (a critic's: `ResponseValues`) to a micro-batch's share of the loss, and metrics."""
 Observer = Callable[[ResponseScores, RecordedRoutes], None]
+Routes = Mapping[int, bytes | None]
+"""Of trajectories, by index, in the form of `Sample.routes`."""
 
 
 @dataclass
@@ -63,11 +80,23 @@ class TokenMeans:
         return {name: total / self.tokens for name, total in self.sums.items()}
 
 
-def response_scores(
-    model: PreTrainedModel, trajectories: Sequence[Trajectory], members: list[int], temperature: float
-) -> ResponseScores:
-    """One forward over the packed prompts and responses of `members`; log-probs at the sampling temperature."""
-    device = next(model.parameters()).device
+@dataclass(frozen=True)
+class _Packed:
+    """Trajectories packed for one forward. `targets` [1, N] is the response token that each position predicts, IGNORED
+    elsewhere; `mask` [b, T] says which of the padded responses' places hold a token.
+    """
+
+    inputs: dict[str, Any]
+    boundaries: list[int]
+    targets: torch.Tensor
+    mask: torch.Tensor
+
+    def padded(self, values: torch.Tensor) -> torch.Tensor:
+        """One value for each response token, in order, as [b, T]; 0 where there is no token."""
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+
+def _packed(trajectories: Sequence[Trajectory], members: list[int], device: torch.device) -> _Packed:
     chosen = [trajectories[i] for i in members]
     batch = pack([t.prompt_ids + t.response_ids for t in chosen], device)
     boundaries = batch.cu_seq_lens.tolist()
@@ -77,11 +106,44 @@ def response_scores(
         # The state before a token predicts it, so a response is read one position early.
         first = start + len(trajectory.prompt_ids) - 1
         targets[0, first : first + size] = batch.input_ids[0, first + 1 : first + size + 1]
-    scores = model_logprobs(model, batch.model_inputs(), targets, temperature, with_entropy=True)
-    assert scores.entropy is not None
     mask = torch.arange(max(sizes), device=device)[None] < torch.tensor(sizes, device=device)[:, None]
-    logprobs = scores.logprobs.new_zeros(mask.shape).masked_scatter(mask, scores.logprobs)
-    return ResponseScores(members, logprobs, mask.float(), scores.entropy, boundaries)
+    return _Packed(batch.model_inputs(), boundaries, targets, mask)
+
+
+def response_scores(
+    model: PreTrainedModel, trajectories: Sequence[Trajectory], members: list[int], temperature: float
+) -> ResponseScores:
+    """One forward over the packed prompts and responses of `members`; log-probs at the sampling temperature."""
+    packed = _packed(trajectories, members, next(model.parameters()).device)
+    scores = model_logprobs(model, packed.inputs, packed.targets, temperature, with_entropy=True)
+    assert scores.entropy is not None
+    logprobs = packed.padded(scores.logprobs)
+    return ResponseScores(members, logprobs, packed.mask.float(), scores.entropy, packed.boundaries)
+
+
+def response_values(model: PreTrainedModel, trajectories: Sequence[Trajectory], members: list[int]) -> ResponseValues:
+    """One forward of a critic over the packed prompts and responses of `members`."""
+    packed = _packed(trajectories, members, next(model.parameters()).device)
+    values = state_values(model, packed.inputs, packed.targets != IGNORED)
+    return ResponseValues(members, packed.padded(values), packed.mask.float(), packed.boundaries)
+
+
+def _packed_routes(
+    model: PreTrainedModel, trajectories: Sequence[Trajectory], members: list[int], routes: Routes
+) -> torch.Tensor:
+    """[N, layers, k] to replay in the forward over the packed `members`."""
+    blocks = moe_layers(model)
+    parts = []
+    for index in members:
+        recorded, trajectory = routes.get(index), trajectories[index]
+        if recorded is None:
+            raise ValueError(
+                f"router.replay: the routes of response {index} (to prompt {trajectory.group} of this step) are "
+                "missing; what sampled it did not record them, so use a rollout that does, or router.replay=none"
+            )
+        num_tokens = len(trajectory.prompt_ids) + len(trajectory.response_ids)
+        parts.append(routes_of(recorded, num_tokens, len(blocks), blocks[0][1].top_k))
+    return torch.cat(parts).to(next(model.parameters()).device)
 
 
 # What a process computes, for nothing, while others still have a micro-batch: a sharded forward is everybody's.
@@ -125,19 +187,50 @@ class TrainingEngine:
         most = max(gather_objects(len(batches)))
         return batches + [[]] * (most - len(batches))
 
+    def _forward(self, model: PreTrainedModel, trajectories: Sequence[Trajectory], members: list[int]) -> Any:
+        return response_scores(model, trajectories, members, self.temperature)
+
+    def _per_token(self, scores: Any) -> torch.Tensor:
+        """[b, T] what `infer_batch` returns of each token."""
+        return scores.logprobs
+
+    def _metrics(self, scores: Any) -> dict[str, float]:
+        return {"entropy": float(scores.entropy.mean())}
+
+    def _replayed(
+        self, trajectories: Sequence[Trajectory], members: list[int], routes: Routes | None
+    ) -> AbstractContextManager[RouteReplay | None]:
+        if routes is None:
+            return nullcontext()
+        return RouteReplay(self.model, _packed_routes(self.model, trajectories, members, routes))
+
     def infer_batch(
-        self, trajectories: Sequence[Trajectory], members: Sequence[int], model: PreTrainedModel | None = None
+        self,
+        trajectories: Sequence[Trajectory],
+        members: Sequence[int],
+        model: PreTrainedModel | None = None,
+        *,
+        routes: Routes | None = None,
+        record: dict[int, bytes | None] | None = None,
     ) -> dict[int, torch.Tensor]:
-        """Log-probs [T_i] of each member's response, without gradients; of another `model` (a reference) if given."""
+        """Log-probs (a critic's: values) [T_i] of each member's response, without gradients.
+
+        Args:
+            model: another one, a reference. routes: to replay. record: gets the routes of every member.
+        """
         found: dict[int, torch.Tensor] = {}
         with torch.no_grad():
             for batch in self._micro_batches(trajectories, members):
                 if not batch:
-                    response_scores(model or self.model, [_NOTHING], [0], self.temperature)
+                    self._forward(model or self.model, [_NOTHING], [0])
                     continue
-                scores = response_scores(model or self.model, trajectories, batch, self.temperature)
+                recording = nullcontext() if record is None else record_routes(self.model)
+                with self._replayed(trajectories, batch, routes), recording as recorded:
+                    scores = self._forward(model or self.model, trajectories, batch)
+                if record is not None and recorded is not None:
+                    record.update(_split_routes(recorded.take(), scores))
                 for row, index in enumerate(batch):
-                    found[index] = scores.logprobs[row, : len(trajectories[index].response_ids)]
+                    found[index] = self._per_token(scores)[row, : len(trajectories[index].response_ids)]
         reshard(model or self.model)
         return found
 
@@ -147,6 +240,9 @@ class TrainingEngine:
         members: Sequence[int],
         loss_function: LossFunction,
         observer: Observer | None = None,
+        *,
+        routes: Routes | None = None,
+        before_step: Callable[[], None] | None = None,
     ) -> dict[str, float]:
         """One optimizer step.
 
@@ -154,7 +250,8 @@ class TrainingEngine:
             trajectories, members: this process's part of the batch is `trajectories[i]` for i in `members`; if it is
             empty for all processes, only the schedule moves. loss_function: a micro-batch's share of the loss of the
             whole batch, and metrics (means over its tokens). observer: sees each micro-batch's scores and routes; for
-            measuring, it cannot change the step.
+            measuring, it cannot change the step. routes: to replay. before_step: called once the gradients are there,
+            on every process; what it raises keeps the weights as they are.
 
         Returns:
             token-weighted means of the metrics, with `loss` (summed over micro-batches), `entropy` and `grad_norm`.
@@ -167,17 +264,22 @@ class TrainingEngine:
             with no_gradient_sync(self.model) if accumulating else nullcontext():
                 if not batch:
                     with idle():
-                        nothing = response_scores(self.model, [_NOTHING], [0], self.temperature).logprobs.sum() * 0
+                        nothing = self._per_token(self._forward(self.model, [_NOTHING], [0])).sum() * 0
                     nothing.backward()
                     continue
-                with record_routes(self.model, with_gaps=True) as recorded:
-                    scores = response_scores(self.model, trajectories, batch, self.temperature)
-                if observer is not None:
-                    observer(scores, recorded)
-                loss, values = loss_function(scores)
-                (loss * world_size()).backward()  # gradients are averaged over processes
+                with self._replayed(trajectories, batch, routes) as replay:
+                    with record_routes(self.model, with_gaps=True) as recorded:
+                        scores = self._forward(self.model, trajectories, batch)
+                    if replay is not None:
+                        recorded.shifted.append(replay.shifted())
+                    if observer is not None:
+                        observer(scores, recorded)
+                    loss, values = loss_function(scores)
+                    (loss * world_size()).backward()  # gradients are averaged over processes
             total_loss += float(loss.detach())
-            means.add({**values, "entropy": float(scores.entropy.mean())}, int(scores.mask.sum()))
+            means.add({**values, **self._metrics(scores)}, int(scores.mask.sum()))
+        if before_step is not None:
+            before_step()
         norm = clip_grad_norm(self.parameters.values(), self.max_grad_norm)
         self.optimizer.step()  # without a micro-batch there are no gradients, and it does nothing
         self.optimizer.zero_grad(set_to_none=True)
@@ -200,6 +302,30 @@ class TrainingEngine:
         for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
             group["lr"] = rate
         return counters["step"]
+
+
+class CriticEngine(TrainingEngine):
+    """The same for a critic: its model has a value head, `infer_batch` gives values, and losses get
+    `ResponseValues`.
+    """
+
+    def _forward(self, model: PreTrainedModel, trajectories: Sequence[Trajectory], members: list[int]) -> Any:
+        return response_values(model, trajectories, members)
+
+    def _per_token(self, scores: Any) -> torch.Tensor:
+        return scores.values
+
+    def _metrics(self, scores: Any) -> dict[str, float]:
+        return {}
+
+
+def _split_routes(routes: torch.Tensor, scores: Any) -> dict[int, bytes | None]:
+    """Routes [N, layers, k] of a packed forward as those of its members, without each one's last token."""
+    spans = zip(scores.boundaries, scores.boundaries[1:], strict=False)
+    return {
+        index: routes[start : end - 1].cpu().numpy().tobytes()
+        for index, (start, end) in zip(scores.members, spans, strict=True)
+    }
 
 
 def _over_processes(loss: float, means: TokenMeans) -> dict[str, float]:

@@ -5,6 +5,7 @@ elsewhere.
 from __future__ import annotations
 
 import functools
+import json
 import random
 import time
 from dataclasses import dataclass, replace
@@ -14,24 +15,45 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dots_align.checkpoint import Publisher, save_model, staged
+from dots_align.checkpoint import (
+    Publisher,
+    ensure_start,
+    load_state,
+    load_trainable,
+    newest_whole,
+    save_model,
+    staged,
+    step_of,
+)
 from dots_align.config import GrpoRecipe
 from dots_align.data.chat import stop_token_ids
 from dots_align.data.encoding import encode_prompts
+from dots_align.data.sources import data_hash, load_prompts
+from dots_align.evals.on_save import resolve_hooks
 from dots_align.evals.suite import to_response
-from dots_align.model.router import RecordedRoutes, find_flips
-from dots_align.model.training import ResponseScores, TrainingEngine
-from dots_align.objectives.advantages import GROUP_RELATIVE, compute_advantages, zero_variance_groups
-from dots_align.objectives.agreement import Agreement
-from dots_align.objectives.policy import PolicyObjective
+from dots_align.model.lora import trainable_summary
+from dots_align.model.training import CriticEngine, TrainingEngine
+from dots_align.objectives.advantages import overlong_penalty, zero_variance_groups
 from dots_align.rollout.backend import make_backend, refresh
-from dots_align.runtime import MetricsLog, gather_objects, progress, world_size
+from dots_align.runtime import (
+    MetricsLog,
+    gather_objects,
+    is_main_process,
+    logger,
+    on_main,
+    open_run_directory,
+    progress,
+    seed_everything,
+)
 from dots_align.runtime import rank as process_rank
 from dots_align.scoring import RewardSum
+from dots_align.stages.critic import CRITIC, load_critic, save_critic
 from dots_align.stages.routing import router_metrics, watch_router
+from dots_align.stages.update import CriticUpdate, PolicyUpdate, RlRecipe, is_mine
 from dots_align.types import GenerationRequest, Prompt, Sample, SamplingParams, Trajectory
 
 NUM_SAMPLES_LOGGED = 8
+STATE = "loop_state.json"
 
 
 class PromptSampler:
@@ -39,14 +61,14 @@ class PromptSampler:
     stopped.
     """
 
-    def __init__(self, num_prompts: int, per_step: int, seed: int) -> None:
-        self.num_prompts, self.per_step, self.seed = num_prompts, per_step, seed
+    def __init__(self, num_prompts: int, seed: int) -> None:
+        self.num_prompts, self.seed = num_prompts, seed
 
-    def draw(self, step: int) -> list[tuple[int, int]]:
-        """(global position, prompt index) of the prompts of a step, counted from 0; every epoch sees each prompt
-        once.
+    def draw(self, start: int, count: int) -> list[tuple[int, int]]:
+        """(position, prompt index) of `count` prompts from position `start` on, counted from 0; every epoch sees each
+        prompt once.
         """
-        positions = range(step * self.per_step, (step + 1) * self.per_step)
+        positions = range(start, start + count)
         return [(p, self._order(p // self.num_prompts)[p % self.num_prompts]) for p in positions]
 
     @functools.cache  # noqa: B019 - one sampler lives as long as its run
@@ -58,20 +80,29 @@ class PromptSampler:
 
 @dataclass(frozen=True)
 class Rollouts:
-    """What one step sampled: trajectories in the order of prompts, and what the logs say about them."""
+    """What one step sampled and learns from: trajectories in the order of prompts, the rewards of the greedy answers
+    to their prompts where there are any, and what the logs say about all that was sampled.
+    """
 
     trajectories: list[Trajectory]
+    baselines: list[float] | None
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A trajectory with the value of each reward function, and what the samples file shows of it."""
+    """A trajectory with the sum and the value of each reward function, what the samples file shows of it, and the
+    reward of the greedy answer to its prompt, where the algorithm wants that.
+
+    The trajectory's own reward is what teaches: the sum, less what an overlong response loses.
+    """
 
     trajectory: Trajectory
+    reward: float
     rewards: dict[str, float]
     shown: dict[str, Any]
+    baseline: float | None = None
 
     def without_routes(self) -> Scored:
         return replace(self, trajectory=replace(self.trajectory, routes=None))
@@ -83,19 +114,21 @@ class RlLoop:
     Args:
         reference: the frozen reference policy; needed only where the KL coefficient is not zero, and the policy has no
         adapters that could be switched off instead.
+        critic: of PPO.
     """
 
     def __init__(
         self,
-        recipe: GrpoRecipe,
+        recipe: RlRecipe,
         policy: Any,
         reference: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         prompts: list[Prompt],
         rewards: RewardSum,
+        critic: Any = None,
     ) -> None:
         train, rollout = recipe.train, recipe.rollout
-        self.recipe, self.policy, self.reference = recipe, policy, reference
+        self.recipe, self.policy = recipe, policy
         self.tokenizer, self.prompts = tokenizer, prompts
         self.prompt_ids = encode_prompts(
             tokenizer,
@@ -103,24 +136,49 @@ class RlLoop:
             policy.config.max_position_embeddings,
             rollout.max_tokens,
         )
-        self.sampler = PromptSampler(len(prompts), train.num_prompts_per_step, recipe.seed)
+        self.sampler = PromptSampler(len(prompts), recipe.seed)
         self.rollout_engine = make_backend(rollout, policy)
-        self.updates_per_step = train.num_minibatches * train.num_epochs
+        learner = self._critic(critic)
+        first = 0 if learner is None else learner.section.warmup_steps
         self.training_engine = TrainingEngine(
             policy,
             recipe.optim,
-            train.max_steps * self.updates_per_step,
+            (train.max_steps - first) * train.num_minibatches * train.num_epochs,
             train.micro_batch_tokens,
             rollout.temperature,
             recipe.parallel.offload_optimizer,
         )
         self.rewards = rewards
         self.monitor, self.balance, self.bias = watch_router(policy, recipe.router)
+        self.update = PolicyUpdate(recipe, self.training_engine, reference, self.balance, self.bias, learner)
         self.step = 0
+        self.position = 0  # of the next prompt to draw
+
+    def _critic(self, model: Any) -> CriticUpdate | None:
+        recipe, train = self.recipe, self.recipe.train
+        if isinstance(recipe, GrpoRecipe):
+            return None
+        if model.config.vocab_size != self.policy.config.vocab_size:
+            raise ValueError(
+                f"critic.path: its vocabulary of {model.config.vocab_size} tokens is not the policy's of "
+                f"{self.policy.config.vocab_size}; a critic reads the policy's tokens"
+            )
+        engine = CriticEngine(
+            model,
+            recipe.critic.optim,
+            train.max_steps * train.num_minibatches * train.num_epochs,
+            train.micro_batch_tokens,
+            offload_optimizer=recipe.parallel.offload_optimizer,
+        )
+        return CriticUpdate(recipe.critic, train, engine)
 
     def resume(self, checkpoint: Path) -> None:
-        """Goes on from a checkpoint whose weights the policy was loaded from."""
+        """Goes on from a checkpoint whose weights the policy, and the critic, were loaded from."""
         self.step = self.training_engine.load(checkpoint)
+        if self.update.critic is not None:
+            self.update.critic.engine.load(checkpoint / CRITIC)
+        state = json.loads((checkpoint / STATE).read_text())
+        self.position, self.update.kl.value = state["position"], state["kl_coef"]
 
     def train(self, publisher: Publisher, log: MetricsLog) -> Path:
         """Runs the remaining steps, logs each, publishes as the recipe says; returns the last checkpoint."""
@@ -128,7 +186,7 @@ class RlLoop:
         with progress(max_steps, self.recipe.stage, "step", initial=self.step) as bar:
             while self.step < max_steps:
                 metrics = self.train_step(log)
-                bar.set_postfix({name: f"{metrics[f'grpo/{name}']:.3g}" for name in ("reward", "response_length")})
+                bar.set_postfix({name: f"{metrics[self._name(name)]:.3g}" for name in ("reward", "response_length")})
                 bar.update()
                 if self.step == max_steps or (save_steps and self.step % save_steps == 0):
                     self.publish(publisher, log)
@@ -139,16 +197,20 @@ class RlLoop:
         started = time.monotonic()
         rollouts = self.rollout()
         sampled = time.monotonic()
-        update = self.update(rollouts.trajectories)
+        update = self.update(rollouts.trajectories, self.step, rollouts.baselines)
         self.step += 1
-        metrics = {f"grpo/{name}": value for name, value in {**rollouts.metrics, **update}.items()}
-        metrics["grpo/rollout_seconds"] = sampled - started
-        metrics["grpo/update_seconds"] = time.monotonic() - sampled
+        found = {**rollouts.metrics, **update}
+        found["rollout_seconds"] = sampled - started
+        found["update_seconds"] = time.monotonic() - sampled
         router = router_metrics(log, self.step, self.monitor, self.balance, self.bias)
-        metrics |= {f"grpo/router_{name}": value for name, value in router.items()}
+        found |= {f"router_{name}": value for name, value in router.items()}
+        metrics = {self._name(name): value for name, value in found.items()}
         log.log(self.step, metrics)
         log.log_samples(self.step, rollouts.samples)
         return metrics
+
+    def _name(self, metric: str) -> str:
+        return f"{self.recipe.stage}/{metric}"
 
     def publish(self, publisher: Publisher, log: MetricsLog) -> None:
         """Publishes the policy with everything needed to go on, and runs the hooks."""
@@ -156,17 +218,65 @@ class RlLoop:
         with staged(final, publisher.manifest(self.step)) as staging:
             save_model(self.policy, self.tokenizer, staging)
             self.training_engine.save(staging, self.step)
+            if self.update.critic is not None:
+                critic = self.update.critic.engine
+                save_critic(critic.model, self.tokenizer, staging / CRITIC)
+                critic.save(staging / CRITIC, self.step)
+            if is_main_process():
+                state = {"position": self.position, "kl_coef": self.update.kl.value}
+                (staging / STATE).write_text(json.dumps(state))
         if metrics := publisher.after_publish(final):
             log.log(self.step, metrics)
 
     def rollout(self) -> Rollouts:
-        """Samples a group of responses to each prompt of the step, and scores them; every process its share of the
-        prompts, and all get to know what all have sampled (but for the routes).
+        """Samples a group of responses to each prompt of the step, and scores them.
+
+        With dynamic sampling, groups whose rewards are all equal make room for those of other prompts, up to
+        `max_refill_rounds` times; what is still missing then is missing. If none is left, all are kept.
         """
-        drawn = self.sampler.draw(self.step)
-        mine = {group: drawn[group] for group in range(len(drawn)) if self._is_mine(group)}
         refresh(self.rollout_engine, self.policy)
-        requests = [self._request(*drawn) for drawn in mine.values()]
+        wanted, rounds = self.recipe.train.num_prompts_per_step, self.recipe.algorithm.max_refill_rounds
+        everything, errors = self._sample(wanted, 0)
+        kept, used = informative(everything) if rounds else everything, 0
+        while used < rounds and (missing := wanted - num_groups(kept)):
+            fresh, more_errors = self._sample(missing, num_groups(everything))
+            everything, errors, used = everything + fresh, errors + more_errors, used + 1
+            kept += informative(fresh)
+        kept = kept or everything
+        metrics = self._rollout_metrics(everything) | {"reward_errors": float(errors)}
+        if rounds:
+            dropped = num_groups(everything) - num_groups(kept)
+            metrics |= {"refill_rounds": float(used), "dropped_groups": float(dropped)}
+        baselines = [s.baseline for s in kept if s.baseline is not None]
+        # One sample of several prompts says more than several of one.
+        shown = [s.shown for s in everything[:: self.recipe.rollout.group_size][:NUM_SAMPLES_LOGGED]]
+        return Rollouts([s.trajectory for s in kept], baselines or None, metrics, shown)
+
+    def _rollout_metrics(self, scored: list[Scored]) -> dict[str, float]:
+        count = len(scored)
+        found = {
+            "reward": sum(s.reward for s in scored) / count,
+            **{f"reward_{name}": sum(s.rewards[name] for s in scored) / count for name in scored[0].rewards},
+            "response_length": sum(len(s.trajectory.response_ids) for s in scored) / count,
+            "stop_rate": sum(s.shown["finish_reason"] == "stop" for s in scored) / count,
+        }
+        if self.recipe.algorithm.overlong_buffer:
+            found["overlong_penalty"] = sum(s.reward - s.trajectory.reward for s in scored) / count
+        if scored[0].baseline is not None:
+            found["greedy_reward"] = sum(s.baseline or 0.0 for s in scored) / count
+        return found
+
+    def _sample(self, count: int, first_group: int) -> tuple[list[Scored], int]:
+        """Samples the next `count` prompts; every process its share, and all get to know what all have sampled (but
+        for the routes).
+
+        Returns:
+            the samples in the order of prompts, and the number of failed rewards.
+        """
+        drawn = dict(enumerate(self.sampler.draw(self.position, count), first_group))
+        self.position += count
+        mine = {group: prompt for group, prompt in drawn.items() if is_mine(group)}
+        requests = [self._request(*prompt) for prompt in mine.values()]
         samples = self.rollout_engine.generate(requests, return_routes=self.recipe.rollout.backend == "local")
         errors_before = self.rewards.num_errors
         own = [
@@ -174,32 +284,30 @@ class RlLoop:
             for (group, (_, index)), of_group in zip(mine.items(), samples, strict=True)
             for sample in of_group
         ]
+        if self.recipe.algorithm.advantage_estimator == "remax":
+            own = self._with_baselines(mine, own)
         errors = self.rewards.num_errors - errors_before
         theirs = gather_objects(([scored.without_routes() for scored in own], errors))
         everyone = [s for rank, (part, _) in enumerate(theirs) for s in (own if rank == process_rank() else part)]
         everyone.sort(key=lambda s: s.trajectory.group)  # stable: the samples of a group stay in order
-        count = len(everyone)
-        metrics = {
-            "reward": sum(s.trajectory.reward for s in everyone) / count,
-            **{f"reward_{name}": sum(s.rewards[name] for s in everyone) / count for name in everyone[0].rewards},
-            "reward_errors": float(sum(errors for _, errors in theirs)),
-            "response_length": sum(len(s.trajectory.response_ids) for s in everyone) / count,
-            "stop_rate": sum(s.shown["finish_reason"] == "stop" for s in everyone) / count,
-        }
-        # One sample of several prompts says more than several of one.
-        shown = [s.shown for s in everyone[:: self.recipe.rollout.group_size][:NUM_SAMPLES_LOGGED]]
-        return Rollouts([s.trajectory for s in everyone], metrics, shown)
+        return everyone, sum(errors for _, errors in theirs)
 
-    def _is_mine(self, group: int) -> bool:
-        """Whether this process samples and trains a group."""
-        return group % world_size() == process_rank()
+    def _with_baselines(self, mine: dict[int, tuple[int, int]], own: list[Scored]) -> list[Scored]:
+        """The same samples with the reward of the greedy answer to their prompt."""
+        requests = [self._request(*prompt) for prompt in mine.values()]
+        greedy = [
+            replace(request, num_samples=1, sampling=replace(request.sampling, temperature=0.0)) for request in requests
+        ]
+        answers = self.rollout_engine.generate(greedy)
+        rewards = {
+            group: self._scored(group, index, answer).reward
+            for (group, (_, index)), (answer,) in zip(mine.items(), answers, strict=True)
+        }
+        return [replace(scored, baseline=rewards[scored.trajectory.group]) for scored in own]
 
     def _scored(self, group: int, index: int, sample: Sample) -> Scored:
         response = to_response(self.tokenizer, self.prompts[index], sample)
         reward, values = self.rewards(response)
-        trajectory = Trajectory(
-            self.prompt_ids[index], sample.response_ids, sample.rollout_logprobs, group, reward, sample.routes
-        )
         shown = {
             "prompt": response.prompt.messages[-1].content,
             "response": response.text,
@@ -208,7 +316,12 @@ class RlLoop:
             "rewards": values,
             "finish_reason": response.finish_reason,
         }
-        return Scored(trajectory, values, shown)
+        recipe, size = self.recipe, len(sample.response_ids)
+        taught = reward + overlong_penalty(size, recipe.rollout.max_tokens, recipe.algorithm)
+        trajectory = Trajectory(
+            self.prompt_ids[index], sample.response_ids, sample.rollout_logprobs, group, taught, sample.routes
+        )
+        return Scored(trajectory, reward, values, shown)
 
     def _request(self, position: int, index: int) -> GenerationRequest:
         keys = self.recipe.rollout
@@ -223,108 +336,43 @@ class RlLoop:
         )
         return GenerationRequest(self.prompt_ids[index], keys.group_size, sampling)
 
-    def update(self, trajectories: list[Trajectory]) -> dict[str, float]:
-        """Advantages over the whole rollout, then `num_epochs` passes of `num_minibatches` optimizer steps."""
-        engine, train = self.training_engine, self.recipe.train
-        advantages = self._advantages(trajectories)
-        groups = [t.group for t in trajectories]
-        own = [i for i, group in enumerate(groups) if self._is_mine(group)]
-        # With a single update the policy that trains still is the one that sampled: its own log-probs serve as the
-        # old ones.
-        old = engine.infer_batch(trajectories, own) if self.updates_per_step > 1 else {}
-        ref = self._reference_logprobs(trajectories, own)
-        silent = zero_variance_groups(torch.tensor([t.reward for t in trajectories]), groups)
-        has_kl = self.recipe.algorithm.kl_coef > 0
-        all_teach = has_kl or self.recipe.algorithm.advantage_estimator not in GROUP_RELATIVE
-        agreement = Agreement()
-        observer = functools.partial(_observe, agreement, trajectories)
-        steps = []
-        for epoch in range(train.num_epochs):
-            for number, members in enumerate(split_groups(groups, train.num_minibatches)):
-                tokens = sum(len(trajectories[i].response_ids) for i in members)
-                objective = PolicyObjective(self.recipe.algorithm, tokens, len(members), self.recipe.rollout.max_tokens)
-                loss = functools.partial(_loss, objective, advantages, old, ref)
-                # Without variance there is no gradient, unless the KL term gives one; the denominators still count
-                # such groups.
-                learning = [i for i in members if self._is_mine(groups[i]) and (all_teach or groups[i] not in silent)]
-                self._scale_balance_loss(learning)
-                first = epoch == 0 and number == 0
-                steps.append(engine.train_batch(trajectories, learning, loss, observer if first else None))
-                self.bias.after_step()
-        agreed = Agreement.merged(gather_objects(agreement))
-        return {
-            **{name: sum(s.get(name, 0.0) for s in steps) / len(steps) for name in steps[0]},
-            **{f"agreement_{name}": value for name, value in agreed.metrics().items()},
-            "learning_rate": engine.learning_rate,
-            "zero_variance_groups": float(len(silent)),
-        }
 
-    def _reference_logprobs(self, trajectories: list[Trajectory], own: list[int]) -> dict[int, torch.Tensor]:
-        """Of the reference policy, where the KL term needs them: another model, or this one without its adapters."""
-        if not self.recipe.algorithm.kl_coef:
-            return {}
-        if self.reference is not None:
-            return self.training_engine.infer_batch(trajectories, own, self.reference)
-        with self.policy.disable_adapter():
-            return self.training_engine.infer_batch(trajectories, own)
-
-    def _scale_balance_loss(self, learning: list[int]) -> None:
-        if self.balance is not None:
-            self.balance.scale = world_size() / max(sum(gather_objects(len(learning))), 1)
-
-    def _advantages(self, trajectories: list[Trajectory]) -> torch.Tensor:
-        """[B, T] over the whole rollout, T its longest response."""
-        lengths = torch.tensor([len(t.response_ids) for t in trajectories])
-        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
-        rewards = torch.tensor([t.reward for t in trajectories])
-        return compute_advantages(rewards, mask.float(), [t.group for t in trajectories], self.recipe.algorithm)
+def run(recipe: RlRecipe) -> Path:
+    """Loads, trains and returns the last checkpoint's directory."""
+    prompts = load_prompts(recipe.data, recipe.seed)
+    hooks = resolve_hooks(recipe)
+    rewards = RewardSum([(r.function, r.weight) for r in recipe.rewards])
+    run_dir = open_run_directory(recipe)
+    seed_everything(recipe.seed)
+    start, resume = ensure_start(recipe, run_dir), on_main(lambda: newest_whole(run_dir))
+    policy, tokenizer = load_trainable(start, recipe.parallel, recipe.train.bf16, recipe.lora, recipe.seed)
+    logger.info("%s: %s", recipe.stage, trainable_summary(policy))
+    reference, critic = None, None
+    if recipe.algorithm.kl_coef and recipe.lora is None:
+        reference = load_trainable(start, recipe.parallel, recipe.train.bf16)[0].eval()
+    if not isinstance(recipe, GrpoRecipe):
+        path = recipe.critic.path or start.path
+        critic = load_critic(start.model_copy(update={"path": path}), recipe.parallel, recipe.train.bf16)
+    for model, stored in ((policy, resume), (critic, resume and resume / CRITIC)):
+        if model is not None and stored is not None:
+            load_state(model, stored)
+        if model is not None and recipe.train.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    loop = RlLoop(recipe, policy, reference, tokenizer, prompts, rewards, critic)
+    publisher = Publisher(run_dir, recipe, data_hash(prompts), hooks)
+    log = MetricsLog(run_dir, step_of(resume) if resume else 0, recipe.logging.report_to)
+    if resume:
+        logger.info("resuming from %s", resume)
+        publisher.finish_hooks(resume, log)
+        loop.resume(resume)
+    return loop.train(publisher, log)
 
 
-def split_groups(groups: list[int], count: int) -> list[list[int]]:
-    """Indices of the trajectories of each of `count` minibatches: whole groups, in order, as even as they come."""
-    distinct = list(dict.fromkeys(groups))
-    batch_of = {group: number * count // len(distinct) for number, group in enumerate(distinct)}
-    batches: list[list[int]] = [[] for _ in range(count)]
-    for index, group in enumerate(groups):
-        batches[batch_of[group]].append(index)
-    return [batch for batch in batches if batch]
+def informative(scored: list[Scored]) -> list[Scored]:
+    """Those of groups whose rewards are not all equal."""
+    silent = zero_variance_groups(torch.tensor([s.reward for s in scored]), [s.trajectory.group for s in scored])
+    return [s for s in scored if s.trajectory.group not in silent]
 
 
-def _padded(rows: dict[int, torch.Tensor], scores: ResponseScores) -> torch.Tensor:
-    """[T_i] tensors of the members of a micro-batch as [b, T], zero where there is no token."""
-    width = scores.mask.shape[1]
-    return torch.stack([torch.nn.functional.pad(rows[i], (0, width - len(rows[i]))) for i in scores.members])
-
-
-def _loss(
-    objective: PolicyObjective,
-    advantages: torch.Tensor,
-    old: dict[int, torch.Tensor],
-    ref: dict[int, torch.Tensor],
-    scores: ResponseScores,
-) -> tuple[torch.Tensor, dict[str, float]]:
-    width = scores.mask.shape[1]
-    return objective(
-        scores.logprobs,
-        _padded(old, scores) if old else scores.logprobs.detach(),
-        advantages[scores.members, :width].to(scores.mask.device),
-        scores.mask,
-        _padded(ref, scores) if ref else None,
-    )
-
-
-def _observe(
-    agreement: Agreement, trajectories: list[Trajectory], scores: ResponseScores, recorded: RecordedRoutes
-) -> None:
-    """Compares the trainer's log-probs and routes with the rollout's, sequence by sequence."""
-    (routes,), (gaps,) = recorded.routes, recorded.gaps
-    for row, index in enumerate(scores.members):
-        trajectory = trajectories[index]
-        span = slice(scores.boundaries[row], scores.boundaries[row + 1])
-        # A back end that tells no routes has to answer for every difference.
-        same = routes[span][:-1].cpu().numpy().tobytes()
-        flips = find_flips(routes[span], gaps[span], same if trajectory.routes is None else trajectory.routes)
-        size = len(trajectory.response_ids)
-        theirs = torch.tensor(trajectory.rollout_logprobs, device=scores.logprobs.device)
-        differences = (scores.logprobs[row, :size].detach() - theirs).abs()
-        agreement.add(differences, flips.affected[len(trajectory.prompt_ids) - 1 :], flips.num_roots, flips.root_gap)
+def num_groups(scored: list[Scored]) -> int:
+    return len({s.trajectory.group for s in scored})

@@ -43,12 +43,17 @@ STAGES = {
         ("grpo/loss", "grpo/grad_norm", "grpo/reward", "grpo/entropy"),
     ),
 }
+STAGES["ppo"] = (
+    (*STAGES["grpo"][0], "critic.warmup_steps=0", "critic.optim.adam_epsilon=1e-4"),
+    ("ppo/loss", "ppo/grad_norm", "ppo/value_loss", "ppo/critic_grad_norm"),
+)
+RL = ("grpo", "ppo")
 BATCH = 8
 
 
 def arguments(stage: str, output_dir: Path, start: Path, world: int, *more: str) -> list[str]:
     keys, _ = STAGES[stage]
-    size = () if stage == "grpo" else (f"train.per_device_train_batch_size={BATCH // world}",)
+    size = () if stage in RL else (f"train.per_device_train_batch_size={BATCH // world}",)
     recipe = str(REPO / "recipes" / "tiny" / f"{stage}.yaml")
     model = (f"model.path={start}", "model.preset=null")
     return [stage, recipe, f"output_dir={output_dir}", *COMMON, *keys, *size, *model, *more]
@@ -97,6 +102,9 @@ VARIANTS = {
         "train.gradient_checkpointing=true",
         "optim.max_grad_norm=0.05",
     ),
+    "replayed": ("router.replay=R3", "train.num_epochs=2", "train.gradient_checkpointing=true"),
+    # Their statistics are those of a minibatch, whoever holds which part of it.
+    "whole_batch": ("algorithm.name=kl_cov", "algorithm.kl_cov_ratio=0.05", "algorithm.clip_ratio_high=0.2"),
     "balanced": ("router.balance_loss_coef=0.1", "router.bias_policy=update"),
 }
 # test_sharding runs steps of every layout, these are stages as a whole. DOTS_ALIGN_ALL_LAYOUTS=1 runs all, for an hour.
@@ -116,6 +124,9 @@ CASES = [
     ("sft", "accumulated_checkpointed_clipped", 2, 2),
     ("dpo", "accumulated_checkpointed_clipped", 2, 2),
     ("grpo", "accumulated_checkpointed_clipped", 2, 1),
+    ("grpo", "replayed", 2, 2),
+    ("grpo", "whole_batch", 2, 1),
+    ("ppo", "full", 2, 2),
     ("sft", "balanced", 4, 2),
     ("grpo", "balanced", 4, 2),
 ]
@@ -124,6 +135,7 @@ if os.environ.get("DOTS_ALIGN_ALL_LAYOUTS"):
         (stage, variant, world, ep)
         for stage in STAGES
         for variant in VARIANTS
+        if stage == "grpo" or variant not in ("replayed", "whole_batch")
         for world in (1, 2, 4, 8)
         for ep in (1, 2, 4, 8)
         if world % ep == 0
@@ -132,7 +144,7 @@ if os.environ.get("DOTS_ALIGN_ALL_LAYOUTS"):
 
 @pytest.mark.parametrize(("stage", "variant", "world", "ep"), CASES)
 def test_a_stage_computes_what_one_process_does(stage, variant, world, ep, start, alone, tmp_path):
-    keys = [k for k in VARIANTS[variant] if stage != "grpo" or "accumulation" not in k]
+    keys = [k for k in VARIANTS[variant] if stage not in RL or "accumulation" not in k]
     run_dir = tmp_path / stage
     launch(world, run_command, arguments(stage, run_dir, start, world, *keys, f"parallel.ep={ep}"))
     found = differences(run_dir, alone(stage, *keys), start, *STAGES[stage][1])

@@ -14,6 +14,7 @@ SHORT = {
     "sft": ("data.max_samples=120", "train.max_steps=2", "evaluation.num_prompts=4"),
     "dpo": ("data.max_samples=16", "train.per_device_train_batch_size=8", "evaluation.num_prompts=4"),
     "grpo": (*QUICK_GRPO, "evaluation.num_prompts=4"),
+    "ppo": (*QUICK_GRPO, "evaluation.num_prompts=4", "critic.warmup_steps=1"),
     "eval": ("evaluation.num_prompts=4", "evaluation.max_tokens=8"),
     "pipeline": (
         *(f"sft.{key}" for key in ("data.max_samples=120", "train.max_steps=2", "evaluation.num_prompts=4")),

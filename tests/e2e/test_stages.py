@@ -98,6 +98,44 @@ def test_grpo_with_a_kl_term_and_several_updates(recipe: Recipe, start: Path, tm
     assert list((tmp_path / "grpo" / "tensorboard").iterdir())
 
 
+def test_ppo_trains_a_critic_and_keeps_it_beside_the_policy(recipe: Recipe, start: Path, tmp_path: Path):
+    run_dir = tmp_path / "ppo"
+    cli.main(
+        [
+            "ppo",
+            recipe("ppo"),
+            f"output_dir={run_dir}",
+            f"model.path={start}",
+            *QUICK_GRPO,
+            "on_save=[]",
+            "critic.warmup_steps=1",
+            "algorithm.kl_coef=0.1",
+            f"rewards.0.function={_odd_reward(tmp_path)}:odd",
+        ]
+    )
+    first, second = metrics(run_dir)
+    assert "ppo/loss" not in first
+    assert second["ppo/mismatch_kl"] < 1e-6
+    assert first["ppo/value_loss"] > 0
+    assert first["ppo/kl"] == pytest.approx(0, abs=1e-6)
+    manifest = json.loads((run_dir / "last" / "manifest.json").read_text())
+    assert {"critic/model.safetensors", "critic/config.json", "critic/optimizer_state.json"} <= set(manifest["files"])
+    assert not [name for name in manifest["files"] if name.endswith((".pt", ".pth", ".bin", ".pkl"))]
+    again = tmp_path / "again"
+    path = f"critic.path={run_dir / 'last' / 'critic'}"
+    keys = [f"model.path={start}", *QUICK_GRPO, "on_save=[]", "critic.warmup_steps=0", path, "train.max_steps=1"]
+    cli.main(["ppo", recipe("ppo"), f"output_dir={again}", *keys, f"rewards.0.function={_odd_reward(tmp_path)}:odd"])
+    assert metrics(again)[0]["ppo/value"] != 0
+
+
+def test_a_mismatch_gate_ends_a_run_with_the_evidence(recipe: Recipe, start: Path, tmp_path: Path, fails):
+    keys = [f"model.path={start}", *QUICK_GRPO, "mismatch.stop_above=1.0e-30", "mismatch.measure=max"]
+    reward = f"rewards.0.function={_odd_reward(tmp_path)}:odd"
+    message = fails("grpo", recipe("grpo"), f"output_dir={tmp_path / 'grpo'}", *keys, reward)
+    assert "step 1: the trainer's log-probs do not agree" in message
+    assert not (tmp_path / "grpo" / "last").exists()
+
+
 def test_lora_trains_and_saves_only_adapters_and_the_next_stage_takes_them(
     recipe: Recipe, start: Path, tmp_path: Path, fails
 ):

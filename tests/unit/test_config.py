@@ -6,12 +6,19 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
-from dots_align.config import RECIPES, load_recipe, recipe_dict, recipe_differences
+from dots_align.config import (
+    RECIPES,
+    AlgorithmName,
+    AlgorithmSection,
+    load_recipe,
+    recipe_dict,
+    recipe_differences,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 # Folders under recipes/ whose files belong to other programs.
@@ -172,7 +179,7 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 def test_unknown_stage_lists_the_stages(write) -> None:
     path = write("stage: gpro\n")
-    assert complaint(path) == f"{path}:1: `stage` must be one of sft, dpo, grpo, eval, pipeline, found 'gpro'"
+    assert complaint(path) == f"{path}:1: `stage` must be one of sft, dpo, grpo, ppo, eval, pipeline, found 'gpro'"
 
 
 def test_recipe_of_another_stage_says_what_to_run(write) -> None:
@@ -290,3 +297,85 @@ def test_reading_a_recipe_imports_no_heavy_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+# Algorithm -> what it is known by: estimator, loss, clip range, aggregation.
+KNOWN_BY = {
+    "grpo": ("grpo", "vanilla", 0.2, 0.2, "seq-mean-token-mean"),
+    "dr_grpo": ("grpo", "vanilla", 0.2, 0.2, "seq-mean-token-sum-norm"),
+    "dapo": ("grpo", "vanilla", 0.2, 0.28, "token-mean"),
+    "gspo": ("grpo", "gspo", 3e-4, 4e-4, "seq-mean-token-mean"),
+    "cispo": ("grpo", "cispo", 10.0, 0.2, "token-mean"),
+    "sapo": ("grpo", "sapo", 0.2, 0.2, "seq-mean-token-mean"),
+    "gmpo": ("grpo", "geo_mean", 0.4, 0.4, "seq-mean-token-mean"),
+    "clip_cov": ("grpo", "clip_cov", 0.2, 0.2, "token-mean"),
+    "kl_cov": ("grpo", "kl_cov", 0.2, 0.2, "token-mean"),
+    "rloo": ("rloo", "vanilla", 0.2, 0.2, "token-mean"),
+    "reinforce_plus_plus": ("reinforce_plus_plus", "vanilla", 0.2, 0.2, "token-mean"),
+    "reinforce_plus_plus_baseline": ("reinforce_plus_plus_baseline", "vanilla", 0.2, 0.2, "token-mean"),
+    "remax": ("remax", "vanilla", 0.2, 0.2, "token-mean"),
+    "gpg": ("gpg", "gpg", 0.2, 0.2, "token-mean"),
+    "opo": ("opo", "vanilla", 0.2, 0.2, "token-mean"),
+    "grpo_passk": ("grpo_passk", "vanilla", 0.2, 0.2, "token-mean"),
+    "ppo": ("gae", "vanilla", 0.2, 0.2, "token-mean"),
+}
+
+
+@pytest.mark.parametrize("name", get_args(AlgorithmName))
+def test_an_algorithm_by_name(name: str) -> None:
+    found = AlgorithmSection(name=name)  # pyright: ignore[reportArgumentType]
+    shape = found.advantage_estimator, found.policy_loss, found.clip_ratio_low, found.clip_ratio_high
+    assert (*shape, found.loss_agg_mode) == KNOWN_BY[name]
+    assert found.norm_adv_by_std == (name != "dr_grpo")
+    assert (found.max_refill_rounds > 0) == (found.overlong_buffer > 0) == (name == "dapo")
+    assert found.kl_coef == 0
+    assert AlgorithmSection.model_validate(found.model_dump()) == found
+
+
+def test_keys_of_the_recipe_win_over_the_algorithms(write) -> None:
+    recipe = load_recipe(write(GRPO + "algorithm: {name: dapo, clip_ratio_high: 0.3}\n"), ["algorithm.kl_coef=0.1"])
+    algorithm = recipe.algorithm
+    assert (algorithm.clip_ratio_high, algorithm.kl_coef, algorithm.loss_agg_mode) == (0.3, 0.1, "token-mean")
+    other = load_recipe(write(GRPO), ["algorithm.name=gspo", "algorithm.advantage_estimator=rloo"]).algorithm
+    assert (other.advantage_estimator, other.policy_loss, other.clip_ratio_high) == ("rloo", "gspo", 4e-4)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["algorithm.name=gspo", "algorithm.clip_ratio_low=0.2"], "algorithm.name=gspo brings the range that fits"),
+        (["algorithm.policy_loss=gspo"], "clips nothing at 0.2/0.2"),
+        (["algorithm.tau_pos=2"], "algorithm.tau_pos=2.0 has no effect with algorithm.policy_loss=vanilla"),
+        (["algorithm.name=gpg", "algorithm.clip_ratio_high=0.3"], "has no effect with algorithm.policy_loss=gpg"),
+        (["algorithm.name=rloo", "algorithm.norm_adv_by_std=false"], "no effect with algorithm.advantage_estimator"),
+        (["algorithm.name=gmpo", "algorithm.loss_agg_mode=token-mean"], "is a mean over sequences"),
+        (["algorithm.kl_controller=adaptive"], "starts from algorithm.kl_coef, which is 0"),
+        (["algorithm.name=clip_cov", "algorithm.clip_cov_lb=6"], "has to lie below clip_cov_ub=5"),
+        (["algorithm.name=ppo"], "make it a recipe of stage `ppo`"),
+        (["rollout.group_size=1"], "compares the answers to a prompt"),
+        (["algorithm.name=gpg", "train.num_epochs=2"], "needs train.num_minibatches=1 and train.num_epochs=1"),
+        (["rollout_correction.rollout_rs=[token_k1]"], "0 entries for 1 rollout_rs"),
+        (
+            ["rollout_correction.rollout_rs=[token_k1]", "rollout_correction.rollout_rs_threshold=[2]"],
+            "k1 takes `lower_upper`",
+        ),
+        (["rollout_correction.rollout_is_threshold=0.5_2"], "YAML reads 0.5_2 as 0.52"),
+        (["rollout_correction.rollout_is_threshold=2.0_0.5"], "is no threshold"),
+        (["router.replay=R4"], "`router.replay`"),
+    ],
+)
+def test_what_contradicts_itself_is_refused(write, overrides: list[str], told: str) -> None:
+    assert told in complaint(write(GRPO), *overrides)
+
+
+def test_ppo_has_its_algorithm_without_being_told(write) -> None:
+    text = GRPO.replace("stage: grpo", "stage: ppo")
+    assert load_recipe(write(text)).algorithm.advantage_estimator == "gae"
+    assert load_recipe(write(text), ["algorithm.lam=0.9"]).algorithm.lam == 0.9
+    assert "has no use for a critic" in complaint(write(text), "algorithm.name=rloo")
+    assert "leaves the policy none of the 5" in complaint(write(text), "critic.warmup_steps=5", "train.max_steps=5")
+
+
+def test_replay_is_for_rl_alone(write) -> None:
+    text = GRPO.replace("stage: grpo", "stage: sft").replace("rewards:\n  - function: a:b\n", "")
+    assert "unknown key `router.replay`" in complaint(write(text), "router.replay=R3")

@@ -194,7 +194,7 @@ def test_verl_configs_have_the_fields_we_set() -> None:
     from verl.trainer.config import AlgoConfig
     from verl.workers.config import ActorConfig, PolicyLossConfig
 
-    assert accepts(AlgoConfig, "adv_estimator", "norm_adv_by_std_in_grpo")
+    assert accepts(AlgoConfig, "adv_estimator", "norm_adv_by_std_in_grpo", "gamma", "lam")
     assert accepts(
         ActorConfig,
         "strategy",
@@ -203,9 +203,13 @@ def test_verl_configs_have_the_fields_we_set() -> None:
         "clip_ratio",
         "clip_ratio_low",
         "clip_ratio_high",
+        "clip_ratio_c",
+        "tau_pos",
+        "tau_neg",
         "policy_loss",
     )
-    assert accepts(PolicyLossConfig, "loss_mode")
+    knobs = "loss_mode", "clip_cov_ratio", "clip_cov_lb", "clip_cov_ub", "kl_cov_ratio", "ppo_kl_coef"
+    assert accepts(PolicyLossConfig, *knobs)
 
 
 @pytest.mark.parametrize("name", get_args(AdvantageEstimator))
@@ -214,17 +218,23 @@ def test_verl_has_every_estimator_and_it_takes_what_we_offer(name: str) -> None:
 
     from dots_align.objectives.advantages import compute_advantages
 
-    offered = {"token_level_rewards", "response_mask", "index", "config", "norm_adv_by_std_in_grpo", "gamma"}
+    offered = {"token_level_rewards", "response_mask", "index", "config", "norm_adv_by_std_in_grpo", "gamma", "lam"}
+    offered |= {"reward_baselines", "values"}
     required = {
         key
         for key, parameter in inspect.signature(core_algos.get_adv_estimator_fn(name)).parameters.items()
         if parameter.default is parameter.empty and parameter.kind is not parameter.VAR_KEYWORD
     }
     assert {"token_level_rewards", "response_mask"} <= required <= offered
-    found = compute_advantages(
-        torch.tensor([1.0, 0.0]), torch.ones(2, 3), [0, 0], AlgorithmSection(advantage_estimator=name)
+    found, returns = compute_advantages(
+        torch.tensor([1.0, 0.0]),
+        torch.ones(2, 3),
+        [0, 0],
+        AlgorithmSection(advantage_estimator=name),
+        baselines=torch.zeros(2),
+        values=torch.zeros(2, 3),
     )
-    assert found.shape == (2, 3)
+    assert found.shape == returns.shape == (2, 3)
 
 
 @pytest.mark.parametrize("name", get_args(PolicyLoss))

@@ -1,25 +1,18 @@
-"""Every recipe key, typed. A recipe loads completely or not at all; this file imports no torch.
-
-A recipe is a YAML file for one stage. `key=value` overrides use dotted keys (`optim.learning_rate=2e-6`) and YAML
-values. Where a key means the same as in TRL or transformers, it has the name it has there.
-"""
+"""The stages' recipes, and the sections they share."""
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """A group of keys: frozen, and unknown keys are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+from dots_align.config.algorithm import (
+    WITHOUT_GROUPS,
+    AlgorithmSection,
+    MismatchSection,
+    RolloutCorrectionSection,
+)
+from dots_align.config.section import Section
 
 
 class ModelSection(Section):
@@ -44,6 +37,16 @@ class RouterSection(Section):
     )
     bias_update_rate: float = Field(default=1e-3, gt=0)
     balance_loss_coef: float = Field(default=0.0, ge=0, description="weight of the sequence-wise balance loss")
+
+
+class RlRouterSection(RouterSection):
+    """And, in RL, whose choice of experts an update follows."""
+
+    replay: Literal["none", "R2", "R3"] = Field(
+        default="none",
+        description="R3: the experts that the rollout chose; R2: those of the policy before the update. Gate values "
+        "are the current router's all the same",
+    )
 
 
 class ParallelSection(Section):
@@ -166,7 +169,7 @@ class RolloutSection(Section):
 
     backend: Literal["local", "vllm"] = Field(default="local", description="local: our engine, on the same weights")
     vllm: VllmSection | None = None
-    group_size: int = Field(default=8, ge=2)
+    group_size: int = Field(default=8, ge=1, description="responses to each prompt")
     temperature: float = Field(default=1.0, gt=0)
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0)
@@ -179,31 +182,6 @@ class RolloutSection(Section):
         description="most memory of a process for keys and values; by default half of what is free",
     )
     prefill_chunk_tokens: int = Field(default=8192, ge=1, description="most prompt tokens of one forward")
-
-
-AdvantageEstimator = Literal[
-    "grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline", "opo", "grpo_passk", "gpg"
-]
-# verl's clip_cov, kl_cov and geo_mean take statistics of the micro-batch: cutting a batch would change the result.
-PolicyLoss = Literal["vanilla", "gspo", "sapo", "cispo", "gpg"]
-LossAggregation = Literal[
-    "token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
-]
-
-
-class AlgorithmSection(Section):
-    """The objective. Estimators and losses are verl's registered functions, by their names there."""
-
-    advantage_estimator: AdvantageEstimator = "grpo"
-    norm_adv_by_std: bool = True
-    policy_loss: PolicyLoss = "vanilla"
-    clip_ratio_low: float = Field(default=0.2, gt=0)
-    clip_ratio_high: float = Field(default=0.2, gt=0)
-    loss_agg_mode: LossAggregation = "token-mean"
-    kl_coef: float = Field(
-        default=0.0, ge=0, description="weight of the KL term in the loss; 0 needs no reference model"
-    )
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
 
 
 class RlTrainSection(Section):
@@ -301,15 +279,54 @@ class DpoRecipe(_StageRecipe):
         return self
 
 
-class GrpoRecipe(_StageRecipe):
-    """Reinforcement learning from verifiable rewards, by the GRPO family."""
+class CriticSection(Section):
+    """The critic of PPO: a dots1 of its own whose head gives the value of a state."""
 
-    stage: Literal["grpo"]
+    path: str | None = Field(
+        default=None,
+        description="checkpoint it starts from, such as a smaller model's (with the same tokenizer) or `critic/` of an "
+        "earlier run's; null: the policy's own",
+    )
+    optim: OptimSection = OptimSection()
+    warmup_steps: int = Field(default=0, ge=0, description="first steps, in which only the critic learns")
+    cliprange_value: float = Field(
+        default=0.5, gt=0, description="how far an update may take a value from the one before"
+    )
+
+
+class _RlRecipe(_StageRecipe):
     train: RlTrainSection = RlTrainSection()
     lora: LoraSection | None = None
     rollout: RolloutSection = RolloutSection()
+    router: RlRouterSection = RlRouterSection()  # pyright: ignore[reportIncompatibleVariableOverride] - frozen
     algorithm: AlgorithmSection = AlgorithmSection()
+    mismatch: MismatchSection = MismatchSection()
+    rollout_correction: RolloutCorrectionSection = RolloutCorrectionSection()
     rewards: tuple[RewardSection, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _algorithm_fits(self):
+        algorithm, train = self.algorithm, self.train
+        if self.rollout.group_size == 1 and algorithm.advantage_estimator not in WITHOUT_GROUPS:
+            raise ValueError(
+                f"rollout.group_size=1: algorithm.advantage_estimator={algorithm.advantage_estimator} compares the "
+                "answers to a prompt; give it at least 2"
+            )
+        if self.rollout.group_size == 1 and algorithm.max_refill_rounds:
+            raise ValueError(
+                "rollout.group_size=1: a single answer never differs, so algorithm.max_refill_rounds would replace all"
+            )
+        if algorithm.policy_loss == "gpg" and train.num_minibatches * train.num_epochs > 1:
+            raise ValueError(
+                "algorithm.policy_loss=gpg takes no account of how far the policy has moved since it sampled; it needs "
+                "train.num_minibatches=1 and train.num_epochs=1"
+            )
+        if self.router.replay == "R3" and self.rollout.backend != "local":
+            raise ValueError(
+                f"router.replay=R3 replays the rollout's routes, which rollout.backend={self.rollout.backend} does not "
+                "tell; use local, or router.replay=R2"
+            )
+        return self
 
     @model_validator(mode="after")
     def _vllm_can_serve(self):
@@ -320,6 +337,50 @@ class GrpoRecipe(_StageRecipe):
         if self.rollout.backend == "vllm" and self.lora is not None:
             raise ValueError(
                 "rollout.backend=vllm takes whole models, and lora trains an adapter; use rollout.backend=local"
+            )
+        return self
+
+
+class GrpoRecipe(_RlRecipe):
+    """Reinforcement learning by the GRPO family: what an answer is worth is seen by comparing it with others."""
+
+    stage: Literal["grpo"]
+
+    @model_validator(mode="after")
+    def _without_critic(self):
+        if self.algorithm.advantage_estimator == "gae":
+            raise ValueError(
+                "algorithm.advantage_estimator=gae needs a critic, which stage `grpo` has none of; make it a recipe of "
+                "stage `ppo`"
+            )
+        return self
+
+
+class PpoRecipe(_RlRecipe):
+    """Reinforcement learning by PPO: a critic says what each state is worth."""
+
+    stage: Literal["ppo"]
+    algorithm: AlgorithmSection = AlgorithmSection(name="ppo")
+    critic: CriticSection = CriticSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ppo_by_default(cls, given: Any) -> Any:
+        if isinstance(given, dict) and isinstance(given.get("algorithm"), dict):
+            given = {**given, "algorithm": {"name": "ppo", **given["algorithm"]}}
+        return given
+
+    @model_validator(mode="after")
+    def _with_critic(self):
+        if self.algorithm.advantage_estimator != "gae":
+            raise ValueError(
+                f"algorithm.advantage_estimator={self.algorithm.advantage_estimator} has no use for a critic; stage "
+                "`ppo` takes gae, the others are for stage `grpo`"
+            )
+        if self.critic.warmup_steps >= self.train.max_steps:
+            raise ValueError(
+                f"critic.warmup_steps={self.critic.warmup_steps} leaves the policy none of the "
+                f"{self.train.max_steps} of train.max_steps"
             )
         return self
 
@@ -353,180 +414,10 @@ class PipelineRecipe(_Recipe):
     export: bool = True
 
 
-Recipe = Annotated[SftRecipe | DpoRecipe | GrpoRecipe | EvalRecipe | PipelineRecipe, Field(discriminator="stage")]
+Recipe = Annotated[
+    SftRecipe | DpoRecipe | GrpoRecipe | PpoRecipe | EvalRecipe | PipelineRecipe, Field(discriminator="stage")
+]
 RECIPES: dict[str, type[Section]] = {
     get_args(cls.model_fields["stage"].annotation)[0]: cls
-    for cls in (SftRecipe, DpoRecipe, GrpoRecipe, EvalRecipe, PipelineRecipe)
+    for cls in (SftRecipe, DpoRecipe, GrpoRecipe, PpoRecipe, EvalRecipe, PipelineRecipe)
 }
-
-
-def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> Any:
-    """Reads a recipe file, applies `key=value` overrides and validates every key.
-
-    Args:
-        path: the YAML file.
-        overrides: like `optim.learning_rate=1e-5`; values are YAML, `key=null` unsets.
-        stage: the stage the caller is about to run; a recipe of another stage is refused.
-
-    Raises:
-        ValueError: one line for each thing that is wrong, with file, line or override, key, and what to do.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"{path}: no such recipe file; the recipes that come with dots_align are under recipes/")
-    text = path.read_text(encoding="utf-8")
-    try:
-        values = yaml.safe_load(text)
-        lines = _key_lines(text)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise ValueError(f"{where}: not valid YAML: {getattr(error, 'problem', error)}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of keys, found {type(values).__name__}")
-    origins = {key: f"{path}:{line}" for key, line in lines.items()}
-    for override in overrides:
-        if values.get("stage") == "pipeline":
-            override = _stage_override(values, override)
-        apply_override(values, override, origins)
-    found = values.get("stage")
-    if not isinstance(found, str) or found not in RECIPES:
-        where = origins.get(("stage",), str(path))
-        raise ValueError(f"{where}: `stage` must be one of {', '.join(RECIPES)}, found {found!r}")
-    if stage is not None and found != stage:
-        raise ValueError(f"{path}: this is a recipe for stage {found!r}; run `dots-align {found} {path}`")
-    try:
-        return RECIPES[found].model_validate(values)
-    except ValidationError as error:
-        problems = error.errors()
-        # A list whose only item is wrong is also called too short; the item is what to mend.
-        deeper = {e["loc"][:n] for e in problems for n in range(len(e["loc"]))}
-        problems = [e for e in problems if e["type"] != "too_short" or e["loc"] not in deeper]
-        raise ValueError("\n".join(explain(e, RECIPES[found], origins, path) for e in problems)) from None
-
-
-def recipe_dict(recipe: Section) -> dict[str, Any]:
-    """The recipe with every default filled in, as plain JSON values."""
-    return recipe.model_dump(mode="json")
-
-
-def recipe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys in which two recipes differ, as `key: old -> new`."""
-    found = []
-    for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found += recipe_differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(
-                f"{prefix}{key}: {json.dumps(before, ensure_ascii=False)} -> {json.dumps(after, ensure_ascii=False)}"
-            )
-    return found
-
-
-def _key_lines(text: str) -> dict[tuple[str, ...], int]:
-    """Line number of every key path in a YAML document; list items appear as their index."""
-    lines: dict[tuple[str, ...], int] = {}
-
-    def walk(node: yaml.Node | None, at: tuple[str, ...]) -> None:
-        if isinstance(node, yaml.MappingNode):
-            for key, value in node.value:
-                line = key.start_mark.line + 1
-                if (first := lines.get((*at, str(key.value)))) is not None:
-                    raise ValueError(f"line {line}: `{key.value}` is given twice, first in line {first}; keep one")
-                lines[(*at, str(key.value))] = line
-                walk(value, (*at, str(key.value)))
-        elif isinstance(node, yaml.SequenceNode):
-            for index, value in enumerate(node.value):
-                lines[(*at, str(index))] = value.start_mark.line + 1
-                walk(value, (*at, str(index)))
-
-    walk(yaml.compose(text, Loader=yaml.SafeLoader), ())
-    return lines
-
-
-def _stage_override(values: dict[str, Any], override: str) -> str:
-    """`grpo.train.max_steps=5` given to a pipeline goes to the stage whose recipe file is called grpo."""
-    name, dot, rest = override.partition(".")
-    if not dot or name in PipelineRecipe.model_fields:
-        return override
-    names = [Path(str(stage.get("recipe"))).stem for stage in values.get("stages", []) if isinstance(stage, dict)]
-    if name not in names:
-        raise ValueError(f"override {override!r}: no stage {name!r} in this pipeline; there are {', '.join(names)}")
-    index = names.index(name)
-    given = [*values["stages"][index].get("overrides", []), rest]
-    return f"stages.{index}.overrides={json.dumps(given)}"
-
-
-def apply_override(values: dict[str, Any], override: str, origins: dict[tuple[str, ...], str]) -> None:
-    """Puts `key=value` into `values`, and where it came from into `origins`, by key path."""
-    key, equals, raw = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"override {override!r}: write key=value, for example optim.learning_rate=1e-5")
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        value = raw  # such as {a: b with a stray brace: the user means the string
-    path = tuple(key.split("."))
-    here: Any = values
-    for depth, part in enumerate(path):
-        inner = depth < len(path) - 1
-        if isinstance(here, list):
-            if not part.isdigit() or int(part) > len(here):
-                raise ValueError(
-                    f"override {override!r}: {'.'.join(path[:depth])} is a list of {len(here)}; {part!r} is not in it"
-                )
-            if int(part) == len(here):
-                here.append({})  # one past the end adds an item
-            place: Any = int(part)
-        else:
-            place = part
-            if inner and not isinstance(here.get(part), dict | list):
-                here[part] = {}
-        if inner:
-            here = here[place]
-        else:
-            here[place] = value
-    origins[path] = f"override {override!r}"
-
-
-def explain(error: Any, recipe: type[Section], origins: dict[tuple[str, ...], str], path: Path) -> str:
-    """One line for a person: where, which key, what is wrong, what to do."""
-    location = tuple(str(part) for part in error["loc"])
-    where = next((origins[location[:n]] for n in range(len(location), 0, -1) if location[:n] in origins), str(path))
-    key = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        return f"{where}: unknown key `{key}`{_suggestion(recipe, location)}"
-    if error["type"] == "missing":
-        return f"{where}: the key `{key}` is missing; add it to the recipe or give it as {key}=…"
-    if error["type"] == "value_error":
-        return f"{where}: {error['ctx']['error']}"
-    return f"{where}: `{key}`: {error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r}"
-
-
-def _all_keys(section: type[Section], prefix: str = "") -> list[str]:
-    keys = []
-    for name, info in section.model_fields.items():
-        keys.append(prefix + name)
-        for candidate in (info.annotation, *get_args(info.annotation)):
-            if isinstance(candidate, type) and issubclass(candidate, Section):
-                keys += _all_keys(candidate, f"{prefix}{name}.")
-    return keys
-
-
-def _suggestion(recipe: type[Section], location: tuple[str, ...]) -> str:
-    """The nearest existing key: by the whole path, or by the last part wherever it lives."""
-    keys, wanted = _all_keys(recipe), ".".join(location)
-    near = difflib.get_close_matches(wanted, keys, n=1, cutoff=0.75)
-    if not near:
-        by_leaf = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
-        near = [by_leaf[leaf] for leaf in difflib.get_close_matches(location[-1], list(by_leaf), n=1, cutoff=0.7)]
-    return f"; did you mean `{near[0]}`?" if near else f"; keys here are {', '.join(_siblings(keys, location))}"
-
-
-def _siblings(keys: list[str], location: tuple[str, ...]) -> list[str]:
-    prefix = ".".join(location[:-1])
-    prefix = f"{prefix}." if prefix else ""
-    return [k[len(prefix) :] for k in keys if k.startswith(prefix) and "." not in k[len(prefix) :]] or ["stage"]
