@@ -38,9 +38,11 @@ from dots_align.config.recipes import (
     RolloutSection,
     RouterSection,
     SaveSection,
+    ScoringSection,
     SftRecipe,
     TrainSection,
     VllmSection,
+    reward_names,
 )
 from dots_align.config.section import Section
 
@@ -75,6 +77,7 @@ __all__ = [
     "RolloutSection",
     "RouterSection",
     "SaveSection",
+    "ScoringSection",
     "Section",
     "SftRecipe",
     "TrainSection",
@@ -84,4 +87,5 @@ __all__ = [
     "load_recipe",
     "recipe_dict",
     "recipe_differences",
+    "reward_names",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
@@ -148,11 +149,38 @@ class EvaluationSection(Section):
     num_samples_shown: int = Field(default=20, ge=0)
 
 
+class GateSection(Section):
+    """Where a reward counts: for responses that another one gave at least so much."""
+
+    reward: str = Field(description="name of the other reward")
+    at_least: float
+
+
 class RewardSection(Section):
     """A reward function, `module:function` or `path/to/file.py:function`, and its weight in the sum."""
 
     function: str
+    arguments: dict[str, Any] = Field(default={}, description="keyword arguments of the function")
+    name: str | None = Field(default=None, min_length=1, description="in metrics and gates; the function's by default")
     weight: float = 1.0
+    gate: GateSection | None = None
+    timeout_seconds: float = Field(default=30.0, gt=0, description="for one response; what takes longer counts as 0")
+    max_concurrency: int = Field(default=16, ge=1, description="responses at a time that an async function is given")
+    run_in: Literal["worker", "trainer"] = Field(
+        default="worker", description="trainer: in its own process, one after the other, without a time limit"
+    )
+
+
+class ScoringSection(Section):
+    """The processes that run reward functions beside a training process."""
+
+    num_workers: int | None = Field(default=None, ge=1, description="by default one for each core, at most 8")
+
+
+def reward_names(rewards: Sequence[RewardSection]) -> list[str]:
+    """What metrics and gates call each reward: its `name`, or its function's, in full where two are called alike."""
+    short = [reward.name or reward.function.rpartition(":")[2] for reward in rewards]
+    return [s if short.count(s) == 1 or r.name else r.function for s, r in zip(short, rewards, strict=True)]
 
 
 class VllmSection(Section):
@@ -303,6 +331,20 @@ class _RlRecipe(_StageRecipe):
     mismatch: MismatchSection = MismatchSection()
     rollout_correction: RolloutCorrectionSection = RolloutCorrectionSection()
     rewards: tuple[RewardSection, ...] = Field(min_length=1)
+    scoring: ScoringSection = ScoringSection()
+
+    @model_validator(mode="after")
+    def _rewards_have_names(self):
+        names = reward_names(self.rewards)
+        for name, reward in zip(names, self.rewards, strict=True):
+            if names.count(name) > 1:
+                raise ValueError(f"two rewards are called `{name}`; give one of them another `name`")
+            if reward.gate is not None and (reward.gate.reward not in names or reward.gate.reward == name):
+                raise ValueError(
+                    f"the gate of reward `{name}` names `{reward.gate.reward}`, which is no other reward; there are "
+                    f"{', '.join(n for n in names if n != name) or 'none'}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _algorithm_fits(self):

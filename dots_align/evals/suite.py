@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dots_align.config import EvaluationSection
+from dots_align.config import EvaluationSection, RewardSection
 from dots_align.data.chat import stop_token_ids
 from dots_align.data.encoding import encode_prompts
 from dots_align.data.sources import data_hash, load_prompts
@@ -36,8 +36,8 @@ def evaluate(
     own = _answer(model, tokenizer, evaluation, prompts[rank() if stride > 1 else 0 :: stride])
     parts = gather_objects(own) if stride > 1 else [own]
     responses = [parts[i % stride][i // stride] for i in range(len(prompts))]
-    scorer = RewardSum([(evaluation.scorer, 1.0)])
-    scores = [scorer(response)[0] for response in responses]
+    with RewardSum([RewardSection(function=evaluation.scorer)]) as scorer:
+        scores = [score for score, _ in scorer.score(responses)]
     count = len(prompts)
     return {
         "metrics": {

@@ -50,7 +50,7 @@ from dots_align.scoring import RewardSum
 from dots_align.stages.critic import CRITIC, load_critic, save_critic
 from dots_align.stages.routing import router_metrics, watch_router
 from dots_align.stages.update import CriticUpdate, PolicyUpdate, RlRecipe, is_mine
-from dots_align.types import GenerationRequest, Prompt, Sample, SamplingParams, Trajectory
+from dots_align.types import GenerationRequest, Prompt, Response, Sample, SamplingParams, Trajectory
 
 NUM_SAMPLES_LOGGED = 8
 STATE = "loop_state.json"
@@ -279,11 +279,13 @@ class RlLoop:
         requests = [self._request(*prompt) for prompt in mine.values()]
         samples = self.rollout_engine.generate(requests, return_routes=self.recipe.rollout.backend == "local")
         errors_before = self.rewards.num_errors
-        own = [
-            self._scored(group, index, sample)
-            for (group, (_, index)), of_group in zip(mine.items(), samples, strict=True)
-            for sample in of_group
-        ]
+        own = self._scored(
+            [
+                (group, index, sample)
+                for (group, (_, index)), of_group in zip(mine.items(), samples, strict=True)
+                for sample in of_group
+            ]
+        )
         if self.recipe.algorithm.advantage_estimator == "remax":
             own = self._with_baselines(mine, own)
         errors = self.rewards.num_errors - errors_before
@@ -299,15 +301,21 @@ class RlLoop:
             replace(request, num_samples=1, sampling=replace(request.sampling, temperature=0.0)) for request in requests
         ]
         answers = self.rollout_engine.generate(greedy)
-        rewards = {
-            group: self._scored(group, index, answer).reward
-            for (group, (_, index)), (answer,) in zip(mine.items(), answers, strict=True)
-        }
-        return [replace(scored, baseline=rewards[scored.trajectory.group]) for scored in own]
+        scored = self._scored(
+            [(group, index, answer) for (group, (_, index)), (answer,) in zip(mine.items(), answers, strict=True)]
+        )
+        rewards = {s.trajectory.group: s.reward for s in scored}
+        return [replace(s, baseline=rewards[s.trajectory.group]) for s in own]
 
-    def _scored(self, group: int, index: int, sample: Sample) -> Scored:
-        response = to_response(self.tokenizer, self.prompts[index], sample)
-        reward, values = self.rewards(response)
+    def _scored(self, sampled: list[tuple[int, int, Sample]]) -> list[Scored]:
+        """Samples of (group, prompt index), all scored together."""
+        responses = [to_response(self.tokenizer, self.prompts[index], sample) for _, index, sample in sampled]
+        scores = self.rewards.score(responses)
+        return [self._with_score(*s, r, *score) for s, r, score in zip(sampled, responses, scores, strict=True)]
+
+    def _with_score(
+        self, group: int, index: int, sample: Sample, response: Response, reward: float, values: dict[str, float]
+    ) -> Scored:
         shown = {
             "prompt": response.prompt.messages[-1].content,
             "response": response.text,
@@ -341,7 +349,7 @@ def run(recipe: RlRecipe) -> Path:
     """Loads, trains and returns the last checkpoint's directory."""
     prompts = load_prompts(recipe.data, recipe.seed)
     hooks = resolve_hooks(recipe)
-    rewards = RewardSum([(r.function, r.weight) for r in recipe.rewards])
+    rewards = RewardSum(recipe.rewards, recipe.scoring.num_workers)
     run_dir = open_run_directory(recipe)
     seed_everything(recipe.seed)
     start, resume = ensure_start(recipe, run_dir), on_main(lambda: newest_whole(run_dir))

@@ -15,9 +15,11 @@ from dots_align.config import (
     RECIPES,
     AlgorithmName,
     AlgorithmSection,
+    RewardSection,
     load_recipe,
     recipe_dict,
     recipe_differences,
+    reward_names,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -379,3 +381,44 @@ def test_ppo_has_its_algorithm_without_being_told(write) -> None:
 def test_replay_is_for_rl_alone(write) -> None:
     text = GRPO.replace("stage: grpo", "stage: sft").replace("rewards:\n  - function: a:b\n", "")
     assert "unknown key `router.replay`" in complaint(write(text), "router.replay=R3")
+
+
+GATED = """
+stage: grpo
+output_dir: runs/g
+data: {path: p.jsonl}
+rewards:
+  - function: a.b:right
+  - function: a.b:short
+    weight: 0.1
+    gate: {reward: right, at_least: 1.0}
+  - {function: x.py:right, name: other, arguments: {n: 4}, timeout_seconds: 2, run_in: trainer}
+scoring: {num_workers: 3}
+"""
+
+
+def test_rewards_have_names_gates_and_arguments(write) -> None:
+    recipe = load_recipe(write(GATED))
+    assert reward_names(recipe.rewards) == ["right", "short", "other"]
+    assert recipe.rewards[1].gate.at_least == 1.0
+    assert recipe.rewards[2].arguments == {"n": 4}
+    assert (recipe.scoring.num_workers, recipe.rewards[0].run_in) == (3, "worker")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["rewards.1.gate.reward=wrong"], "names `wrong`, which is no other reward; there are right, other"),
+        (["rewards.1.gate.reward=short"], "names `short`, which is no other reward"),
+        (["rewards.1.name=same", "rewards.2.name=same"], "two rewards are called `same`"),
+        (["rewards.1.gate.at_most=1"], "unknown key `rewards.1.gate.at_most`"),
+        (["rewards.0.timeout_seconds=0"], "greater than 0"),
+    ],
+)
+def test_a_gate_that_leads_nowhere_is_refused(write, overrides: list[str], told: str) -> None:
+    assert told in complaint(write(GATED), *overrides)
+
+
+def test_functions_called_alike_have_their_full_names() -> None:
+    alike = [RewardSection(function="a:f"), RewardSection(function="b:f")]
+    assert reward_names(alike) == ["a:f", "b:f"]

@@ -1,0 +1,88 @@
+"""Reward functions by name. Light: scoring processes import it, and nothing of torch."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import math
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from dots_align.types import Response
+
+RewardFunction = Callable[[Response], float | Awaitable[float]]
+
+
+def load_function(name: str, key: str) -> Callable[..., Any]:
+    """The function named `module:function` or `path/to/file.py:function`.
+
+    Raises:
+        ValueError: naming the recipe key, if there is no such file, module or function.
+    """
+    place, colon, function = name.rpartition(":")
+    if not colon:
+        raise ValueError(f"{key}: {name!r} must be `module:function` or `path/to/file.py:function`")
+    if place.endswith(".py"):
+        module = _load_file(Path(place), key)
+    else:
+        try:
+            module = importlib.import_module(place)
+        except ImportError as error:
+            raise ValueError(f"{key}: cannot import {place!r} ({error}); is it installed, or on PYTHONPATH?") from None
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ValueError(f"{key}: {place} has no function {function!r}")
+    return found
+
+
+def load_reward(name: str, arguments: dict[str, Any]) -> Callable[..., Any]:
+    """The reward function, with its keyword arguments filled in.
+
+    Raises:
+        ValueError: there is no such function, or it does not take these arguments.
+    """
+    function = load_function(name, "rewards.function")
+    if not arguments:
+        return function
+    try:
+        inspect.signature(function).bind(None, **arguments)
+    except TypeError as error:
+        takes = ", ".join(list(inspect.signature(function).parameters)[1:]) or "none"
+        raise ValueError(
+            f"rewards.arguments of {name}: {error}; given are {', '.join(arguments)}, it takes {takes}"
+        ) from None
+    filled = functools.partial(function, **arguments)
+    functools.update_wrapper(filled, function)  # with the range it declares
+    return filled
+
+
+def _load_file(path: Path, key: str) -> Any:
+    if not path.is_file():
+        raise ValueError(f"{key}: no such file {path}")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def checked(function: Callable[..., Any], value: Any) -> float:
+    """What a reward function returned, as a number.
+
+    Raises:
+        ValueError: it is not finite, or outside the range the function declares.
+        TypeError: it is no number.
+    """
+    value = float(value)
+    if not math.isfinite(value):
+        raise ValueError(f"returned {value}, not a finite number")
+    low, high = getattr(function, "reward_range", (value, value))
+    if not low <= value <= high:
+        raise ValueError(f"returned {value}, outside the range {low:g} to {high:g} that it declares")
+    return value

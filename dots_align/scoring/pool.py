@@ -1,0 +1,160 @@
+"""Scoring processes: as many as there is work for, each replaced when a reward function hangs in it or kills it."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import multiprocessing
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from dots_align.scoring.worker import Failure
+from dots_align.types import Response
+
+GRACE_SECONDS = 5.0
+START_SECONDS = 120.0  # a reward function's module may import much
+EXIT_SECONDS = 1.0  # between closing its connection and being gone
+NOT_READY = "NotReady"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One reward function on several responses. `seconds` is for each of them, `at_once` how many an `async` function
+    is given at a time; 0 for other functions: one after the other.
+    """
+
+    number: int
+    responses: list[Response]
+    seconds: float
+    at_once: int
+
+
+class _NotReadyError(Exception):
+    """A process could not load the reward functions."""
+
+
+class _Worker:
+    """A scoring process. Made by the thread that uses it: it is ended by the kernel together with that thread."""
+
+    def __init__(self, functions: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        self._connection, theirs = multiprocessing.Pipe()
+        assert isinstance(theirs, Connection)
+        start = f"from dots_align.scoring.worker import main; main({theirs.fileno()})"
+        code = f"import sys; sys.path[:] = {sys.path!r}; {start}"
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        theirs.close()
+        self._connection.send(list(functions))
+        self._ready = False
+
+    def start(self, job: Job) -> None:
+        """Raises: EOFError, if the process is gone; _NotReadyError, if it never got so far."""
+        if not self._ready:
+            with contextlib.suppress(EOFError, OSError):
+                self._ready = self._connection.poll(START_SECONDS) and self._connection.recv()
+            if not self._ready:
+                raise _NotReadyError
+        self._connection.send((job.number, job.responses, job.seconds, job.at_once))
+
+    def next_answer(self, seconds: float) -> tuple[int, float | Failure] | None:
+        """The next answer; None if there is none within `seconds`. Raises: EOFError, if the process is gone."""
+        return self._connection.recv() if self._connection.poll(seconds) else None
+
+    def end(self, patience: float = 0.0) -> int:
+        """Kills it; returns its exit status, which is -9 unless it ends by itself within `patience` seconds."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(patience)
+        self._process.kill()
+        self._connection.close()
+        return self._process.wait()
+
+
+class ScoringPool:
+    """Runs jobs on the functions it was made with, in processes that never outlive the trainer.
+
+    Args:
+        functions: their names, as in a recipe, and keyword arguments.
+        num_workers: most processes at a time; they are started when there is work for them.
+    """
+
+    def __init__(self, functions: Sequence[tuple[str, dict[str, Any]]], num_workers: int) -> None:
+        self._functions = functions
+        self.num_workers = num_workers
+        self._threads = ThreadPoolExecutor(num_workers, thread_name_prefix="scoring")
+        self._local = threading.local()
+        self._workers: set[_Worker] = set()
+        self._closed = False
+
+    def run(self, jobs: Sequence[Job]) -> list[list[float | Failure]]:
+        """For each job the value of each response, whatever the order in which they were done."""
+        return list(self._threads.map(self._run, jobs))
+
+    def close(self) -> None:
+        """Ends all processes; one that is still at work too."""
+        self._closed = True
+        self._threads.shutdown(wait=False)
+        for worker in list(self._workers):
+            self._end(worker)
+
+    def _run(self, job: Job) -> list[float | Failure]:
+        """One job, restarted behind each response that hangs or kills the process."""
+        found: list[float | Failure | None] = [None] * len(job.responses)
+        while not self._closed and (missing := [i for i, value in enumerate(found) if value is None]):
+            rest = Job(job.number, [job.responses[i] for i in missing], job.seconds, job.at_once)
+            failure = self._collect(rest, lambda index, value, at=missing: found.__setitem__(at[index], value))
+            if failure is not None:
+                left = [i for i in missing if found[i] is None]
+                # One after the other, the next one is to blame; of many at once, nobody knows.
+                for index in left if job.at_once or failure.kind == NOT_READY else left[:1]:
+                    found[index] = failure
+        return [Failure("Closed", "the scoring processes were ended") if value is None else value for value in found]
+
+    def _collect(self, job: Job, keep: Callable[[int, float | Failure], Any]) -> Failure | None:
+        """Keeps answers until all are there; else says why the process is no more."""
+        worker = self._worker()
+        waiting = job.seconds
+        if job.at_once:  # it keeps the time of each response itself, unless it blocks its loop
+            waiting = job.seconds * math.ceil(len(job.responses) / job.at_once) + GRACE_SECONDS
+        try:
+            worker.start(job)
+            for _ in job.responses:
+                answer = worker.next_answer(waiting)
+                if answer is None:
+                    self._end(worker)
+                    return Failure("Timeout", f"took longer than {job.seconds:g} s; its process was ended")
+                keep(*answer)
+        except _NotReadyError:
+            status = self._end(worker, EXIT_SECONDS)
+            return Failure(NOT_READY, f"the scoring process could not load it (exit status {status}); see its output")
+        except (EOFError, OSError):
+            return Failure("Crash", f"ended its process (exit status {self._end(worker, EXIT_SECONDS)})")
+        return None
+
+    def _worker(self) -> _Worker:
+        worker = getattr(self._local, "worker", None)
+        if worker is None or worker not in self._workers:
+            worker = self._local.worker = _Worker(self._functions)
+            self._workers.add(worker)
+        return worker
+
+    def _end(self, worker: _Worker, patience: float = 0.0) -> int:
+        self._workers.discard(worker)
+        return worker.end(patience)
+
+
+def split(
+    number: int, function: Callable[..., Any], responses: list[Response], seconds: float, at_once: int, parts: int
+) -> list[Job]:
+    """Jobs for one function: a few for each process, so that slow responses spread; an `async` one stays whole."""
+    if inspect.iscoroutinefunction(function):
+        return [Job(number, responses, seconds, at_once)]
+    size = max(math.ceil(len(responses) / parts), 1)
+    return [Job(number, responses[i : i + size], seconds, 0) for i in range(0, len(responses), size)]
