@@ -89,7 +89,7 @@ class Workload:
 
 def make_model(preset: str, dtype: torch.dtype, device: str) -> Any:
     config = preset_config("llm1", num_hidden_layers=GPU_LAYERS) if preset == "llm1" else preset_config(preset)
-    model = create_model(config, 0)
+    model: Any = create_model(config, 0)
     keep_router_in_fp32(model)
     return model.to(device=device, dtype=dtype).eval()
 
