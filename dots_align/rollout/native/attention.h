@@ -57,7 +57,7 @@ static INLINE void panel_scores(const uint32_t* q, int d, const T* const* keys, 
 }
 
 template <class T, int STEPS>
-static void all_panel_scores(const uint32_t* q, int d, const KeyBlock<T>& block, float scale, float* scores) {
+ONE_COPY void all_panel_scores(const uint32_t* q, int d, const KeyBlock<T>& block, float scale, float* scores) {
     constexpr int COUNT = NATIVE_LANES == 16 ? 4 : 1;
     int key = 0;
     for (; key + COUNT <= block.n; key += COUNT)
@@ -88,7 +88,7 @@ static INLINE void panel_values(const KeyBlock<T>& block, int d, const float* we
 
 // One block of keys for a panel of queries. `visible`: how many keys of the block each lane sees, or null for all.
 template <class T>
-static void attend_panel(const uint32_t* q, int d, const KeyBlock<T>& block, const int* visible, float scale,
+ONE_COPY void attend_panel(const uint32_t* q, int d, const KeyBlock<T>& block, const int* visible, float scale,
                          PanelState& state) {
     alignas(64) float scores[KEYS * LANES];
     constexpr int STEP = Precision<T>::STEP;
@@ -197,7 +197,7 @@ static INLINE void row_values(const KeyBlock<bf16>& block, int d, const float* w
 
 // One block of keys, all visible, for one query. `o` in the order of `row_values`.
 template <class T, int STEPS>
-static void attend_row(const T* q, int d, const KeyBlock<T>& block, float scale, float& m, float& l, float* o) {
+ONE_COPY void attend_row(const T* q, int d, const KeyBlock<T>& block, float scale, float& m, float& l, float* o) {
     alignas(64) float scores[KEYS];
     F highest = set1(m), sums = set1(0.f);
     for (int first = 0; first < block.n; first += LANES) {
@@ -227,4 +227,15 @@ static void attend_row(const T* q, int d, const KeyBlock<T>& block, float scale,
         case 128: return attend_row<T, 128 / STEP>(q, d, block, scale, m, l, o);
         default: return attend_row<T, 0>(q, d, block, scale, m, l, o);
     }
+}
+
+// `o` of `attend_row` -> [d] in ascending order.
+template <class T>
+INLINE void row_order(const float* o, int d, float* row) {
+    if (Precision<T>::STEP == 1) {
+        memcpy(row, o, d * sizeof(float));
+        return;
+    }
+    const int padded = (d / 2 + LANES - 1) / LANES * LANES;
+    for (int i = 0; i < d / 2; ++i) row[2 * i] = o[i], row[2 * i + 1] = o[padded + i];
 }

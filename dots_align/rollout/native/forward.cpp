@@ -3,7 +3,7 @@
 // The residual stream lies in panels of 16 tokens, fp32 (holding bf16 values where the model is bf16); every product
 // reads panels and its epilogue does the elementwise work that follows. Rows (one token after the other) appear where
 // tokens are picked one by one: queries and outputs of attention, inputs and outputs of experts.
-#include "attention.h"
+#include "attend.h"
 #include "gemm.h"
 #include "model.h"
 #include "router.h"
@@ -12,13 +12,7 @@
 namespace {
 
 constexpr int ROWS = 32;          // weight rows of a unit of a product
-constexpr int SEGMENT = 64;       // tokens of a unit of attention
 constexpr int EXPERT_ROWS = BLOCK_PANELS * LANES;
-
-struct Segment {
-    int prefix;  // -1: none
-    int begin, end;
-};
 
 struct ExpertUnit {
     int expert, begin, end;  // rows in expert order
@@ -30,12 +24,9 @@ class Forward {
     static constexpr int STEP = P::STEP;
     const ModelShape& m;
     const PlanArrays& plan;
-    const int threads;
     const int N, panels, H, D, heads, kv_heads, q_width;
     int block_panels, blocks;
-    std::vector<int> chain_of;
-    std::vector<int64_t> slots;  // row of the cache of each token
-    std::vector<Segment> segments;
+    std::unique_ptr<Attention<T>> attention;
     std::vector<ExpertUnit> expert_units;
     std::vector<int32_t> chosen, places, order;  // [N, k] experts; [N, k] row of each choice; [N * k] choice of each row
     std::vector<float> gates;                    // [N, k]
@@ -45,13 +36,11 @@ class Forward {
 
   public:
     Forward(const ModelShape& m, const PlanArrays& plan, int threads, std::array<Buffer, 12>& memory)
-        : m(m), plan(plan), threads(threads), N(plan.tokens), panels((N + LANES - 1) / LANES), H(m.hidden),
+        : m(m), plan(plan), N(plan.tokens), panels((N + LANES - 1) / LANES), H(m.hidden),
           D(m.head_dim), heads(m.heads), kv_heads(m.kv_heads), q_width(m.heads * m.head_dim) {
         blocks = std::max((panels + BLOCK_PANELS - 1) / BLOCK_PANELS, 1);
         block_panels = (panels + blocks - 1) / blocks;
         blocks = (panels + block_panels - 1) / block_panels;
-        find_slots();
-        find_segments();
         int64_t inner_width = 0;
         for (int l = 0; l < m.layers; ++l) inner_width = std::max(inner_width, m.layer[l].inner);
         const size_t lanes = (size_t)panels * LANES, choices = (size_t)N * m.top_k;
@@ -66,6 +55,7 @@ class Forward {
         cosines = memory[8].get<float>(lanes * D / 2);
         sines = memory[9].get<float>(lanes * D / 2);
         wanted = memory[10].get<uint32_t>((size_t)(plan.logits + LANES) * H / STEP);
+        attention = std::make_unique<Attention<T>>(m, plan, threads, queries, attended);
         chosen.resize(choices);
         places.resize(choices);
         order.resize(choices);
@@ -81,8 +71,7 @@ class Forward {
             const LayerWeights& w = m.layer[l];
             me.units(QKV, panels, [&](int p) { norm(p, (const T*)w.input_norm, panel_of(x, H, p)); });
             me.units(QKV, (heads + 2 * kv_heads) * blocks, [&](int u) { project(me, w, l, u / blocks, u % blocks); });
-            me.units(ATTENTION, (int)segments.size() * heads,
-                     [&](int u) { attend(me, l, segments[u / heads], u % heads); });
+            me.units(ATTENTION, attention->units(), [&](int u) { attention->run(me, l, u); });
             me.units(OUTPUT, panels, [&](int p) { pack(attended, q_width, p, panel_of(attended_panels, q_width, p)); });
             me.units(OUTPUT, H / ROWS * blocks, [&](int u) { output(me, w, u / blocks * ROWS, u % blocks); });
             const int inner_units = (int)((w.inner + 15) / 16) * blocks;
@@ -135,30 +124,6 @@ class Forward {
         const void* from[LANES];
         for (int t = 0; t < lanes_of(p); ++t) from[t] = rows + (size_t)(p * LANES + t) * width;
         rows_to_panel(from, lanes_of(p), width / STEP, panel);
-    }
-
-    // -------------------------------------------------------------------------------------------- what a plan means
-
-    void find_slots() {
-        slots.resize(N);
-        chain_of.resize(N);
-        for (int c = 0; c < plan.chains; ++c)
-            for (int t = plan.starts[c]; t < plan.starts[c + 1]; ++t) {
-                const int number = plan.cached[c] + t - plan.starts[c];
-                const int32_t* table = plan.tables + (size_t)c * plan.table_width;
-                slots[t] = (int64_t)table[number / plan.block_size] * plan.block_size + number % plan.block_size;
-                chain_of[t] = c;
-            }
-    }
-
-    // Tokens that share a prefix, or one chain's tokens where there is none.
-    void find_segments() {
-        const auto cut = [&](int prefix, int begin, int end) {
-            for (int at = begin; at < end; at += SEGMENT) segments.push_back({prefix, at, std::min(end, at + SEGMENT)});
-        };
-        const int first = plan.prefixes ? plan.prefix_starts[0] : N;
-        for (int c = 0; c < plan.chains && plan.starts[c] < first; ++c) cut(-1, plan.starts[c], plan.starts[c + 1]);
-        for (int p = 0; p < plan.prefixes; ++p) cut(p, plan.prefix_starts[p], plan.prefix_starts[p + 1]);
     }
 
     // ------------------------------------------------------------------------------------------------------- layers
@@ -226,7 +191,7 @@ class Forward {
             for (int t = 0; t < lanes_of(p); ++t) {
                 const int token = p * LANES + t;
                 to[t] = is_q ? queries + (size_t)token * q_width + head * D
-                             : cache + ((size_t)slots[token] * kv_heads + kv_head) * D;
+                             : cache + (attention->slots[token] * kv_heads + kv_head) * D;
             }
             panel_to_rows((uint32_t*)rows, to, lanes_of(p), D / STEP);
         }
@@ -333,151 +298,6 @@ class Forward {
             }
     }
 
-    // ---------------------------------------------------------------------------------------------------- attention
-
-    KeyBlock<T> key_block(int layer, int kv_head, const int32_t* table, int first, int end) const {
-        KeyBlock<T> block;
-        block.n = std::min(KEYS, end - first);
-        const T *keys = (const T*)plan.keys[layer], *values = (const T*)plan.values[layer];
-        int in_block = first % plan.block_size;
-        const int32_t* entry = table + first / plan.block_size;
-        for (int i = 0; i < block.n; ++i) {
-            const size_t slot = (size_t)*entry * plan.block_size + in_block;
-            block.keys[i] = keys + (slot * kv_heads + kv_head) * D;
-            block.values[i] = values + (slot * kv_heads + kv_head) * D;
-            if (++in_block == plan.block_size) in_block = 0, ++entry;
-        }
-        return block;
-    }
-
-    // Results of a segment's tokens for one head.
-    struct Partial {
-        float *o, *m, *l;  // [SEGMENT, D], [SEGMENT], [SEGMENT]
-    };
-
-    // Queries `begin` ... `end` over keys `0 ... keys` of a table; `visible_at(t)`: how many of them token t sees.
-    template <class Visible>
-    void attend_panels(Member& me, int layer, int head, const int32_t* table, int keys, int begin, int end, int base,
-                       const Partial& result, bool causal, const Visible& visible_at) {
-        const int count = (end - begin + LANES - 1) / LANES;
-        const size_t q_size = (size_t)D / STEP * LANES, o_size = (size_t)D * LANES;
-        uint32_t* q = me.scratch[2].get<uint32_t>(q_size * (SEGMENT / LANES));
-        float* o = me.scratch[3].get<float>(o_size * (SEGMENT / LANES));
-        PanelState states[SEGMENT / LANES];
-        int visible[SEGMENT];
-        memset(o, 0, o_size * count * sizeof(float));
-        for (int p = 0; p < count; ++p) {
-            const void* from[LANES];
-            const int first = begin + p * LANES, lanes = std::min(LANES, end - first);
-            for (int t = 0; t < lanes; ++t) from[t] = queries + (size_t)(first + t) * q_width + head * D;
-            rows_to_panel(from, lanes, D / STEP, q + p * q_size);
-            states[p].o = o + p * o_size;
-            for (int t = 0; t < LANES; ++t) {
-                states[p].m[t] = -INFINITY;
-                states[p].l[t] = 0.f;
-                visible[p * LANES + t] = visible_at(first + std::min(t, lanes - 1));
-            }
-        }
-        const int group = heads / kv_heads;
-        for (int first = 0; first < keys; first += KEYS) {
-            const auto block = key_block(layer, head / group, table, first, keys);
-            for (int p = 0; p < count; ++p) {
-                int seen[LANES], most = 0, least = KEYS;
-                for (int t = 0; t < LANES; ++t) {
-                    seen[t] = visible[p * LANES + t] - first;
-                    most = std::max(most, seen[t]);
-                    least = std::min(least, seen[t]);
-                }
-                if (most <= 0) continue;
-                attend_panel(q + p * q_size, D, block, causal && least < block.n ? seen : nullptr, m.score_scale, states[p]);
-            }
-        }
-        for (int p = 0; p < count; ++p) {
-            void* to[LANES];
-            const int first = begin + p * LANES, lanes = std::min(LANES, end - first);
-            for (int t = 0; t < lanes; ++t) {
-                to[t] = result.o + (size_t)(first + t - base) * D;
-                result.m[first + t - base] = states[p].m[t];
-                result.l[first + t - base] = states[p].l[t];
-            }
-            panel_to_rows((const uint32_t*)states[p].o, to, lanes, D);
-        }
-    }
-
-    // One token over its own chain.
-    void attend_token(int layer, int head, int token, const Partial& result, int index) {
-        const int c = chain_of[token], keys = plan.cached[c] + token - plan.starts[c] + 1;
-        const int32_t* table = plan.tables + (size_t)c * plan.table_width;
-        alignas(64) float o[MAX_HEAD + 2 * LANES] = {};
-        float highest = -INFINITY, sum = 0.f;
-        const T* q = queries + (size_t)token * q_width + head * D;
-        for (int first = 0; first < keys; first += KEYS) {
-            const auto block = key_block(layer, head / (heads / kv_heads), table, first, keys);
-            attend_row(q, D, block, m.score_scale, highest, sum, o);
-        }
-        result.m[index] = highest;
-        result.l[index] = sum;
-        float* to = result.o + (size_t)index * D;
-        if (STEP == 1)
-            memcpy(to, o, D * sizeof(float));
-        else {
-            const int padded = (D / 2 + LANES - 1) / LANES * LANES;
-            for (int i = 0; i < D / 2; ++i) to[2 * i] = o[i], to[2 * i + 1] = o[padded + i];
-        }
-    }
-
-    void attend(Member& me, int layer, const Segment& segment, int head) {
-        const int count = segment.end - segment.begin;
-        float* memory = me.scratch[1].get<float>(2 * SEGMENT * (D + 2));
-        const Partial own{memory, memory + 2 * SEGMENT * D, memory + 2 * SEGMENT * D + SEGMENT};
-        const Partial prefix{memory + SEGMENT * D, memory + 2 * SEGMENT * D + 2 * SEGMENT, memory + 2 * SEGMENT * D + 3 * SEGMENT};
-        for (int begin = segment.begin, end; begin < segment.end; begin = end) {
-            const int c = chain_of[begin];
-            end = std::min(segment.end, plan.starts[c + 1]);
-            const auto visible = [&](int token) { return plan.cached[c] + token - plan.starts[c] + 1; };
-            if (end - begin == 1)
-                attend_token(layer, head, begin, own, begin - segment.begin);
-            else
-                attend_panels(me, layer, head, plan.tables + (size_t)c * plan.table_width, visible(end - 1), begin, end,
-                              segment.begin, own, true, visible);
-        }
-        const int length = segment.prefix < 0 ? 0 : plan.prefix_lengths[segment.prefix];
-        if (length > 0)
-            attend_panels(me, layer, head, plan.prefix_tables + (size_t)segment.prefix * plan.prefix_table_width, length,
-                          segment.begin, segment.end, segment.begin, prefix, false, [&](int) { return length; });
-        for (int first = 0; first < count; first += LANES)
-            merge(segment.begin, first, std::min(LANES, count - first), own, length > 0 ? &prefix : nullptr, head);
-    }
-
-    // Both parts of up to 16 tokens by log-sum-exp, into `attended`.
-    void merge(int base, int first, int lanes, const Partial& own, const Partial* prefix, int head) {
-        alignas(64) float own_share[LANES], prefix_share[LANES];
-        const F m2 = load(own.m + first), l2 = load(own.l + first);
-        if (prefix == nullptr)
-            store(own_share, set1(1.f) / l2);
-        else {
-            const F m1 = load(prefix->m + first), l1 = load(prefix->l + first), highest = max(m1, m2);
-            const F a1 = exponential(m1 - highest), a2 = exponential(m2 - highest);
-            const F inverse = set1(1.f) / fma(l1, a1, l2 * a2);
-            store(prefix_share, a1 * inverse);
-            store(own_share, a2 * inverse);
-        }
-        for (int t = 0; t < lanes; ++t) {
-            T* to = attended + (size_t)(base + first + t) * q_width + head * D;
-            alignas(64) float row[MAX_HEAD];
-            for (int i = 0; i < D; i += LANES) {
-                F out = load(own.o + (size_t)(first + t) * D + i) * set1(own_share[t]);
-                if (prefix != nullptr)
-                    out = fma(load(prefix->o + (size_t)(first + t) * D + i), set1(prefix_share[t]), out);
-                store(row + i, P::round(out));
-            }
-            if constexpr (STEP == 1)
-                memcpy(to, row, D * sizeof(float));
-            else
-                for (int i = 0; i < D; ++i) memcpy(to + i, (const char*)(row + i) + 2, 2);
-        }
-    }
-
     // ------------------------------------------------------------------------------------------------------ experts
 
     void route(Member& me, const LayerWeights& w, int p, int moe) {
@@ -537,12 +357,12 @@ class Forward {
         }
         const T* gate = (const T*)w.experts_gate_up + (size_t)unit.expert * 2 * inner_width * H;
         const T* up = gate + (size_t)inner_width * H;
-        for (int i = 0; i < inner_width; i += 16) {
-            float* ups = c + BLOCK_PANELS * 16 * LANES;
-            gemm(gate + (size_t)i * H, H, 16, in, x_panel, rows, c, 16 * LANES);
-            gemm(up + (size_t)i * H, H, 16, in, x_panel, rows, ups, 16 * LANES);
+        for (int i = 0; i < inner_width; i += 8) {  // gates and ups in turn: each brings its own next rows
+            float* ups = c + BLOCK_PANELS * 8 * LANES;
+            gemm(gate + (size_t)i * H, H, 8, in, x_panel, rows, c, 8 * LANES);
+            gemm(up + (size_t)i * H, H, 8, in, x_panel, rows, ups, 8 * LANES);
             for (int p = 0; p < count; ++p)
-                swiglu(c + p * 16 * LANES, ups + p * 16 * LANES, 16, hidden + p * inner_panel + i / STEP * LANES);
+                swiglu(c + p * 8 * LANES, ups + p * 8 * LANES, 8, hidden + p * inner_panel + i / STEP * LANES);
         }
         const T* down = (const T*)w.experts_down + (size_t)unit.expert * H * inner_width;
         for (int row = 0; row < H; row += ROWS) {

@@ -25,6 +25,12 @@
 #endif
 
 #define INLINE inline __attribute__((always_inline))
+// Specialising a hot loop for arguments known at some calls would only multiply it.
+#if defined(__clang__)
+#define ONE_COPY static __attribute__((noinline))
+#else
+#define ONE_COPY static __attribute__((noinline, noclone))
+#endif
 #define INLINE_LAMBDA __attribute__((always_inline))
 
 struct bf16 {
@@ -105,6 +111,17 @@ INLINE void store(void* p, Floats<N> x) {
 template <int N>
 INLINE void store(void* p, Ints<N> x) {
     memcpy(p, &x, sizeof x);
+}
+// The first eight lanes.
+template <template <int> class Lanes>
+INLINE Lanes<8> lower(const Lanes<16>& x) {
+    Lanes<8> r;
+#if NATIVE_LANES == 16
+    r.v[0] = __builtin_shufflevector(x.v[0], x.v[0], 0, 1, 2, 3, 4, 5, 6, 7);
+#else
+    for (int i = 0; i < r.C; ++i) r.v[i] = x.v[i];
+#endif
+    return r;
 }
 INLINE F load(const float* p) { return load_floats<LANES>(p); }
 INLINE F set1(float x) { return splat<LANES>(x); }
