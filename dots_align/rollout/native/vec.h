@@ -171,18 +171,23 @@ INLINE Floats<N> odd(Ints<N> pairs) {
 }
 // Round to nearest even; NaN stays NaN.
 INLINE F round_bf16(F x) {
+#if defined(__AVX512BF16__) && NATIVE_LANES == 16
+    const __m256i rounded = (__m256i)_mm512_cvtneps_pbh((__m512)x.v[0]);
+    x.v[0] = (F::V)_mm512_slli_epi32(_mm512_cvtepu16_epi32(rounded), 16);
+#else
     for (int i = 0; i < F::C; ++i) {
         I::V bits = (I::V)x.v[i];
         I::V rounded = (bits + 0x7fff + ((bits >> 16) & 1)) & (int32_t)0xffff0000;
         x.v[i] = x.v[i] == x.v[i] ? (F::V)rounded : x.v[i];
     }
+#endif
     return x;
 }
 // Of numbers that are bf16 already.
 INLINE I pair(F even, F odd) {
+    typedef uint32_t U __attribute__((vector_size(sizeof(I::V))));
     I r;
-    for (int i = 0; i < I::C; ++i)
-        r.v[i] = (((I::V)even.v[i] >> 16) & 0xffff) | ((I::V)odd.v[i] & (int32_t)0xffff0000);
+    for (int i = 0; i < I::C; ++i) r.v[i] = (I::V)((U)even.v[i] >> 16) | (I::V)odd.v[i];
     return r;
 }
 INLINE float to_float(bf16 x) {
