@@ -1,4 +1,4 @@
-"""Whether two engines said the same, but for ties between experts that rounding decides."""
+"""Whether two engines said the same, but for ties that rounding decides."""
 
 from __future__ import annotations
 
@@ -8,22 +8,37 @@ from transformers import Dots1ForCausalLM
 
 from dots_align.model.packed import pack
 from dots_align.model.router import find_flips, record_routes
+from dots_align.rollout.sampling import sample_keys, uniforms
 from dots_align.types import GenerationRequest, Sample
 
 TIE = 1e-6
-"""A difference in the router's scores below which rounding may choose either expert."""
+"""A difference in the router's scores, or in probability, below which rounding may choose either way."""
 
 
-def is_a_tie(model: Dots1ForCausalLM, prompt: list[int], one: Sample, other: Sample) -> bool:
-    """Whether two samples part only because rounding decided between two experts or two tokens."""
+def is_a_tie(model: Dots1ForCausalLM, request: GenerationRequest, index: int, one: Sample, other: Sample) -> bool:
+    """Whether two samples number `index` part only because rounding decided: between two experts, or, where the random
+    number falls on the edge between them, between two tokens.
+    """
     ids = list(zip(one.response_ids, other.response_ids, strict=False))
     shared = next((i for i, (a, b) in enumerate(ids) if a != b), len(ids))
+    tokens = request.prompt_ids + one.response_ids[: shared + 1]
     with torch.no_grad(), record_routes(model, with_gaps=True) as recorded:
-        model(**pack([prompt + one.response_ids[: shared + 1]], torch.device("cpu")).model_inputs())
-    gaps = recorded.gaps[0]
-    assert one.routes is not None
-    flips = [find_flips(recorded.routes[0], gaps, s.routes or b"") for s in (one, other)]
-    return all(f.root_gap < TIE for f in flips) and any(f.num_roots for f in flips)
+        logits = model(**pack([tokens], torch.device("cpu")).model_inputs()).logits[0]
+    flips = [find_flips(recorded.routes[0], recorded.gaps[0], s.routes or b"") for s in (one, other)]
+    if any(f.num_roots for f in flips):
+        return all(f.root_gap < TIE for f in flips)
+    return shared < len(ids) and _on_the_edge(logits[-2].double(), request, index, shared, sorted(ids[shared]))
+
+
+def _on_the_edge(
+    logits: torch.Tensor, request: GenerationRequest, index: int, position: int, tokens: list[int]
+) -> bool:
+    """Whether the random number for a position falls on the edge between two tokens (temperature 1, no filter)."""
+    key = sample_keys(torch.tensor([request.sampling.seed]), torch.tensor([index]))
+    drawn = float(uniforms(key, torch.tensor([position])))
+    cdf = logits.softmax(-1).cumsum(-1)
+    low, high = tokens
+    return abs(float(cdf[low]) - drawn) < TIE and abs(float(cdf[high - 1]) - drawn) < TIE
 
 
 def assert_same(
@@ -31,16 +46,16 @@ def assert_same(
 ) -> None:
     for request, ours, theirs in zip(requests, found, wanted, strict=True):
         assert len(ours) == len(theirs) == request.num_samples
-        for a, b in zip(ours, theirs, strict=True):
+        for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             if a.response_ids != b.response_ids:
-                assert is_a_tie(model, request.prompt_ids, a, b)
+                assert is_a_tie(model, request, index, a, b)
                 continue
             assert a.finish_reason == b.finish_reason
             if a.routes == b.routes:
                 np.testing.assert_allclose(a.logprobs, b.logprobs, atol=1e-5)
                 np.testing.assert_allclose(a.rollout_logprobs, b.rollout_logprobs, atol=1e-5)
             else:
-                assert is_a_tie(model, request.prompt_ids, a, b)
+                assert is_a_tie(model, request, index, a, b)
 
 
 def against_one_forward(

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Dots1ForCausalLM, PreTrainedTokenizerFast
 
+from dots_align.config import RewardSection
 from dots_align.data.chat import stop_token_ids
 from dots_align.objectives.advantages import zero_variance_groups
 from dots_align.scoring import RewardSum
@@ -71,7 +72,7 @@ def loop(model: Dots1ForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: 
 
     def make(reward: str, algorithm: dict[str, Any], group_size: int = 2, **sections: Any) -> RlLoop:
         prompts = [Prompt([Message("user", f"{n}+{n}=?")], str(2 * n)) for n in range(64)]
-        rewards = RewardSum([(f"{tmp_path / 'some_rewards.py'}:{reward}", 1.0)])
+        rewards = RewardSum([RewardSection(function=f"{tmp_path / 'some_rewards.py'}:{reward}", run_in="trainer")])
         recipe = rl_recipe(
             algorithm=algorithm,
             train={"num_prompts_per_step": 4},
