@@ -106,6 +106,7 @@ class RolloutEngine:
         self.scheduler = Scheduler(max_num_sequences, size, prefill_chunk_tokens, routes)
         self.stats = EngineStats()
         self._next_request = 0
+        self._pool_may_be_small = False  # something got in line since its size was decided
         self._ended: list[Finished] = []
         self._session: Forward | None = None
         self.receiver = WeightReceiver(model)
@@ -221,6 +222,7 @@ class RolloutEngine:
             raise ValueError(refusal)
         number = self._next_request
         self._next_request += 1
+        self._pool_may_be_small = True
         self._ended += self.scheduler.add(number, request, return_routes and self.num_routing_layers > 0)
         return number
 
@@ -360,8 +362,9 @@ class RolloutEngine:
     def _make_pool(self) -> None:
         """A cache as large as what is in line could need, within the budget; grown when more gets in line."""
         scheduler, per_block = self.scheduler, self._bytes_per_block()
-        if scheduler.pool is not None and not scheduler.waiting:
+        if scheduler.pool is not None and not self._pool_may_be_small:
             return
+        self._pool_may_be_small = False
         budget = self.kv_cache_bytes
         if budget is None:
             held = 0 if scheduler.pool is None else scheduler.pool.num_blocks * per_block
