@@ -53,9 +53,6 @@ class BlockPool:
     def bytes_per_block(self) -> int:
         return 2 * sum(layer[0].numel() * layer.element_size() for layer in self.keys)
 
-    def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
-
     def take(self, count: int) -> np.ndarray:
         """[count] int32 ids of blocks nobody holds. The caller has made sure that there are as many."""
         assert count <= self._num_free, f"{count} blocks asked of {self._num_free}"

@@ -40,8 +40,3 @@ class ForwardPlan:
     @property
     def num_tokens(self) -> int:
         return len(self.tokens)
-
-    @property
-    def prefix_of(self) -> Ints:
-        """[C] the prefix each chain hangs on, -1 for none."""
-        return (np.searchsorted(self.prefix_starts, self.starts[:-1], side="right") - 1).astype(np.int32)
