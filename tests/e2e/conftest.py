@@ -1,10 +1,12 @@
 """The real command line: in this process where that is enough, in a fresh one where the process is the point."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,5 +65,22 @@ def spawn(repo_root: Path) -> Callable[..., subprocess.Popen[str]]:
             stderr=subprocess.STDOUT,
             text=True,
         )
+
+    return run
+
+
+@pytest.fixture
+def quick_bench(repo_root: Path) -> Callable[[str], dict[str, Any]]:
+    """Runs `scripts/<name>.py --quick`, and returns what its RESULT line says."""
+
+    def run(name: str) -> dict[str, Any]:
+        command = [sys.executable, str(repo_root / "scripts" / f"{name}.py"), "--quick"]
+        done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=300, check=False)
+        assert done.returncode == 0, done.stderr
+        label, _, text = done.stdout.splitlines()[-1].partition(" ")
+        found = json.loads(text)
+        assert label == "RESULT"
+        assert found["quick"] is True
+        return found
 
     return run

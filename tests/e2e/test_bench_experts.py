@@ -1,21 +1,10 @@
 """scripts/bench_experts.py runs and reports what it says it reports."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 
 
-def test_quick_bench_reports_its_keys(repo_root: Path) -> None:
-    command = [sys.executable, str(repo_root / "scripts" / "bench_experts.py"), "--quick"]
-    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    name, _, text = done.stdout.splitlines()[-1].partition(" ")
-    found = json.loads(text)
-    assert name == "RESULT"
-    assert found["quick"] is True
+def test_quick_bench_reports_its_keys(quick_bench) -> None:
+    found = quick_bench("bench_experts")
     for key, sizes in (
         ("ratio_vs_best", {"64", "256"}),
         ("ratio_vs_best_skewed", {"256"}),
