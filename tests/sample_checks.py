@@ -21,13 +21,14 @@ def is_a_tie(model: Dots1ForCausalLM, request: GenerationRequest, index: int, on
     """
     ids = list(zip(one.response_ids, other.response_ids, strict=False))
     shared = next((i for i, (a, b) in enumerate(ids) if a != b), len(ids))
-    tokens = request.prompt_ids + one.response_ids[: shared + 1]
+    tokens = request.prompt_ids + one.response_ids[:shared]  # what both had read when they chose
     with torch.no_grad(), record_routes(model, with_gaps=True) as recorded:
         logits = model(**pack([tokens], torch.device("cpu")).model_inputs()).logits[0]
-    flips = [find_flips(recorded.routes[0], recorded.gaps[0], s.routes or b"") for s in (one, other)]
+    size = recorded.routes[0].numel()
+    flips = [find_flips(recorded.routes[0], recorded.gaps[0], (s.routes or b"")[:size]) for s in (one, other)]
     if any(f.num_roots for f in flips):
         return all(f.root_gap < TIE for f in flips)
-    return shared < len(ids) and _on_the_edge(logits[-2].double(), request, index, shared, sorted(ids[shared]))
+    return shared < len(ids) and _on_the_edge(logits[-1].double(), request, index, shared, sorted(ids[shared]))
 
 
 def _on_the_edge(

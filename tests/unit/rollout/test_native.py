@@ -79,7 +79,7 @@ class Cache:
 
     def plan(self, advances: list[tuple[Chain, int]], logits_at: list[int] | None = None) -> ForwardPlan:
         for chain, count in advances:
-            missing = self.pool.blocks_for(chain.cached + count) - len(chain.blocks)
+            missing = -(-(chain.cached + count) // self.pool.block_size) - len(chain.blocks)
             if missing > 0:
                 chain.blocks = np.concatenate([chain.blocks, self.pool.take(missing)])
         prefixes: list[Chain] = []
