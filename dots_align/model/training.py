@@ -1,6 +1,6 @@
 """The training engine of RL: log-probabilities of responses, optimizer steps over micro-batches, save and load.
 
-Shaped like verl's BaseEngine (infer batch, train batch, save, load), so that the same code can serve there.
+Its methods have the names of verl's BaseEngine, and each does what it does there, so that the same code serves there.
 Micro-batches are a memory limit: the loss function gets the whole batch's denominators beforehand, so that cutting
 the batch changes nothing.
 """
@@ -8,7 +8,7 @@ the batch changes nothing.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +24,7 @@ from dots_align.model.logprobs import IGNORED, model_logprobs
 from dots_align.model.optimizer import load_optimizer, make_optimizer, save_optimizer
 from dots_align.model.packed import micro_batches, pack
 from dots_align.model.router import RecordedRoutes, RouteReplay, idle, moe_layers, record_routes, routes_of
+from dots_align.model.sharded_io import as_hub, full_tensor, hub_tensors
 from dots_align.runtime import gather_objects, is_main_process, world_size
 from dots_align.types import Trajectory
 
@@ -256,6 +257,23 @@ class TrainingEngine:
         Returns:
             token-weighted means of the metrics, with `loss` (summed over micro-batches), `entropy` and `grad_norm`.
         """
+        metrics = self.forward_backward_batch(trajectories, members, loss_function, observer, routes=routes)
+        if before_step is not None:
+            before_step()
+        norm = self.optimizer_step()
+        self.lr_scheduler_step()
+        return {"grad_norm": norm, **metrics}
+
+    def forward_backward_batch(
+        self,
+        trajectories: Sequence[Trajectory],
+        members: Sequence[int],
+        loss_function: LossFunction,
+        observer: Observer | None = None,
+        *,
+        routes: Routes | None = None,
+    ) -> dict[str, float]:
+        """The gradients of a step, added to those that are there; arguments and metrics as of `train_batch`."""
         self.model.train()
         means, total_loss = TokenMeans(), 0.0
         batches = self._micro_batches(trajectories, members)
@@ -278,23 +296,64 @@ class TrainingEngine:
                     (loss * world_size()).backward()  # gradients are averaged over processes
             total_loss += float(loss.detach())
             means.add({**values, **self._metrics(scores)}, int(scores.mask.sum()))
-        if before_step is not None:
-            before_step()
-        norm = clip_grad_norm(self.parameters.values(), self.max_grad_norm)
-        self.optimizer.step()  # without a micro-batch there are no gradients, and it does nothing
-        self.optimizer.zero_grad(set_to_none=True)
-        self.schedule.step()
-        return {"grad_norm": float(norm), **_over_processes(total_loss, means)}
+        return _over_processes(total_loss, means)
 
-    def save(self, directory: Path, step: int) -> None:
+    def optimizer_zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_step(self) -> float:
+        """Clips the gradients, steps and drops them; returns their norm. Without gradients it does nothing."""
+        norm = clip_grad_norm(self.parameters.values(), self.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer_zero_grad()
+        return float(norm)
+
+    def lr_scheduler_step(self) -> float:
+        """Moves the schedule on by one optimizer step; returns the learning rate of the next one."""
+        self.schedule.step()
+        return self.learning_rate
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Inside, the model is the base model; without adapters it is that anyhow."""
+        model: Any = self.model
+        return model.disable_adapter() if hasattr(model, "peft_config") else nullcontext()
+
+    def get_per_tensor_param(self) -> tuple[Iterator[tuple[str, torch.Tensor]], None]:
+        """Every parameter and persistent buffer, whole, on the host, under its hub name, one at a time.
+
+        Over several processes all have to iterate, in step. The second value is where verl expects an adapter's
+        configuration.
+
+        Raises:
+            ValueError: the model is under adapters: its weights as they are do not hold what was trained.
+        """
+        if hasattr(self.model, "peft_config"):
+            raise ValueError("the weights of a model under adapters cannot be sent; send those of a merged model")
+
+        def tensors() -> Iterator[tuple[str, torch.Tensor]]:
+            reshard(self.model)
+            for name, tensor in hub_tensors(self.model).items():
+                yield from as_hub(name, full_tensor(tensor))
+
+        return tensors(), None
+
+    def to(self, device: torch.device | str, model: bool = True, optimizer: bool = True) -> None:
+        """Moves the weights (with their gradients), the optimizer's state, or both; what is offloaded stays."""
+        if model:
+            self.model.to(device)  # pyright: ignore[reportArgumentType] - annotated for a bound self
+        if optimizer and not self.optimizer.offload:
+            for state in self.optimizer.state.values():
+                state.update({name: value.to(device) for name, value in state.items()})
+
+    def save_checkpoint(self, directory: Path, step: int) -> None:
         """Writes the optimizer's state and the counters beside the weights; collective."""
         save_optimizer(self.optimizer, self.parameters, directory)
         if is_main_process():
             (directory / STATE).write_text(json.dumps({"step": step, "schedule": self.schedule.state_dict()}))
 
-    def load(self, directory: Path) -> int:
-        """Restores what `save` wrote, on any number of processes; returns the step. The weights are the caller's to
-        load.
+    def load_checkpoint(self, directory: Path) -> int:
+        """Restores what `save_checkpoint` wrote, on any number of processes; returns the step. The weights are the
+        caller's to load.
         """
         load_optimizer(self.optimizer, self.parameters, directory)
         counters = json.loads((directory / STATE).read_text())

@@ -174,9 +174,9 @@ class RlLoop:
 
     def resume(self, checkpoint: Path) -> None:
         """Goes on from a checkpoint whose weights the policy, and the critic, were loaded from."""
-        self.step = self.training_engine.load(checkpoint)
+        self.step = self.training_engine.load_checkpoint(checkpoint)
         if self.update.critic is not None:
-            self.update.critic.engine.load(checkpoint / CRITIC)
+            self.update.critic.engine.load_checkpoint(checkpoint / CRITIC)
         state = json.loads((checkpoint / STATE).read_text())
         self.position, self.update.kl.value = state["position"], state["kl_coef"]
 
@@ -217,11 +217,11 @@ class RlLoop:
         final = publisher.final_path(self.step)
         with staged(final, publisher.manifest(self.step)) as staging:
             save_model(self.policy, self.tokenizer, staging)
-            self.training_engine.save(staging, self.step)
+            self.training_engine.save_checkpoint(staging, self.step)
             if self.update.critic is not None:
                 critic = self.update.critic.engine
                 save_critic(critic.model, self.tokenizer, staging / CRITIC)
-                critic.save(staging / CRITIC, self.step)
+                critic.save_checkpoint(staging / CRITIC, self.step)
             if is_main_process():
                 state = {"position": self.position, "kl_coef": self.update.kl.value}
                 (staging / STATE).write_text(json.dumps(state))

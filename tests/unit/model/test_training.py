@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import Dots1ForCausalLM, PreTrainedTokenizerFast
 
 from dots_align.checkpoint import save_model
@@ -83,15 +84,38 @@ def test_saving_and_loading_resumes_bit_identically(
     wanted = step(through, trajectories)
     step(before, trajectories)
     save_model(before.model, tokenizer, tmp_path)
-    before.save(tmp_path, 1)
+    before.save_checkpoint(tmp_path, 1)
     resumed = engine(load_base_model(tmp_path, "float32", "packed", "grouped_mm"), 40)
-    assert resumed.load(tmp_path) == 1
+    assert resumed.load_checkpoint(tmp_path) == 1
     assert resumed.learning_rate == before.learning_rate
     assert step(resumed, trajectories) == wanted
     assert resumed.learning_rate == through.learning_rate
     found, state = resumed.model.state_dict(), through.model.state_dict()
     assert found.keys() == state.keys()
     assert all(torch.equal(found[name], state[name]) for name in state)
+
+
+def test_the_parts_of_a_step_make_the_step(model: Dots1ForCausalLM, trajectories: list[Trajectory]) -> None:
+    whole, parts = engine(model, 40), engine(copy.deepcopy(model), 40)
+    wanted = step(whole, trajectories)
+    found = parts.forward_backward_batch(trajectories, range(6), grpo_like(trajectories))
+    assert {**found, "grad_norm": parts.optimizer_step()} == wanted
+    assert parts.lr_scheduler_step() == whole.learning_rate
+    weights = parts.model.state_dict()
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in whole.model.state_dict().items())
+
+
+def test_every_parameter_and_buffer_is_sent_by_its_hub_name(
+    model: Dots1ForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    save_model(model, tokenizer, tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    sent, adapter = engine(model).get_per_tensor_param()
+    found = dict(sent)
+    assert adapter is None
+    assert found.keys() == stored.keys()
+    assert all(torch.equal(found[name], stored[name]) for name in stored)
+    assert any(name.endswith("e_score_correction_bias") for name in found)
 
 
 def naive(model: Dots1ForCausalLM, trajectory: Trajectory, temperature: float) -> torch.Tensor:

@@ -70,11 +70,11 @@ def test_a_saved_critic_comes_back_and_can_start_another(
 
     assert step(engine) == pytest.approx(1.0)
     save_critic(critic, tokenizer, tmp_path / "critic")
-    engine.save(tmp_path / "critic", 1)
+    engine.save_checkpoint(tmp_path / "critic", 1)
     resumed = load_critic(ModelSection(path=str(model_dir)), ParallelSection(), False)
     load_state(resumed, tmp_path / "critic")
     other = CriticEngine(resumed, OPTIM, 4, 100)
-    assert other.load(tmp_path / "critic") == 1
+    assert other.load_checkpoint(tmp_path / "critic") == 1
     assert step(engine) == step(other) < 1.0
     assert all(torch.equal(a, b) for a, b in zip(critic.parameters(), resumed.parameters(), strict=True))
     continued = load_critic(ModelSection(path=str(tmp_path / "critic")), ParallelSection(), False)
