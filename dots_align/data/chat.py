@@ -105,3 +105,19 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
     """The ids that end a turn: the tokenizer's EOS and, where it has one, `<|endoftext|>`."""
     ids = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(END_OF_TEXT)]
     return tuple(sorted({i for i in ids if isinstance(i, int) and i != tokenizer.unk_token_id}))
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
+    """What each token adds to the text, special tokens included. A character of several tokens belongs to the last."""
+    texts: list[str] = []
+    pending: list[int] = []
+    for position, token in enumerate(ids, start=1):
+        pending.append(token)
+        text = str(tokenizer.decode(pending))
+        # Byte-level tokens may end inside a character, of at most four bytes.
+        if text.endswith("\ufffd") and len(pending) < 4 and position < len(ids):
+            texts.append("")
+        else:
+            texts.append(text)
+            pending = []
+    return texts

@@ -26,7 +26,7 @@ from dots_align.checkpoint import (
     step_of,
 )
 from dots_align.config import GrpoRecipe
-from dots_align.data.chat import stop_token_ids
+from dots_align.data.chat import stop_token_ids, token_texts
 from dots_align.data.encoding import encode_prompts
 from dots_align.data.sources import data_hash, load_prompts
 from dots_align.evals.on_save import resolve_hooks
@@ -87,7 +87,7 @@ class Rollouts:
     trajectories: list[Trajectory]
     baselines: list[float] | None
     metrics: dict[str, float]
-    samples: list[dict[str, Any]]
+    shown: list[Scored]
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,27 @@ class RlLoop:
         found |= {f"router_{name}": value for name, value in router.items()}
         metrics = {self._name(name): value for name, value in found.items()}
         log.log(self.step, metrics)
-        log.log_samples(self.step, rollouts.samples)
+        log.log_samples(self.step, self._samples(rollouts))
         return metrics
+
+    def _samples(self, rollouts: Rollouts) -> list[dict[str, Any]]:
+        """What `samples.jsonl` tells of a step: texts, rewards, and of each token its text, log-prob and advantage."""
+        places = {id(trajectory): index for index, trajectory in enumerate(rollouts.trajectories)}
+        lines = []
+        for scored in rollouts.shown:
+            trajectory, place = scored.trajectory, places.get(id(scored.trajectory))
+            advantages = []  # of a group that dynamic sampling dropped: none
+            if place is not None:
+                advantages = self.update.advantages[place, : len(trajectory.response_ids)].tolist()
+            if len(set(advantages)) == 1:
+                advantages = advantages[:1]  # the same for all tokens, as without a critic
+            tokens = {
+                "tokens": token_texts(self.tokenizer, trajectory.response_ids),
+                "logprobs": [round(value, 4) for value in trajectory.rollout_logprobs],
+                "advantages": [round(value, 4) for value in advantages],
+            }
+            lines.append({**scored.shown, **tokens})
+        return lines
 
     def _name(self, metric: str) -> str:
         return f"{self.recipe.stage}/{metric}"
@@ -249,7 +268,7 @@ class RlLoop:
             metrics |= {"refill_rounds": float(used), "dropped_groups": float(dropped)}
         baselines = [s.baseline for s in kept if s.baseline is not None]
         # One sample of several prompts says more than several of one.
-        shown = [s.shown for s in everything[:: self.recipe.rollout.group_size][:NUM_SAMPLES_LOGGED]]
+        shown = everything[:: self.recipe.rollout.group_size][:NUM_SAMPLES_LOGGED]
         return Rollouts([s.trajectory for s in kept], baselines or None, metrics, shown)
 
     def _rollout_metrics(self, scored: list[Scored]) -> dict[str, float]:
@@ -260,6 +279,12 @@ class RlLoop:
             "response_length": sum(len(s.trajectory.response_ids) for s in scored) / count,
             "stop_rate": sum(s.shown["finish_reason"] == "stop" for s in scored) / count,
         }
+        # Correct as in an evaluation: the first reward function gives at least 1.
+        verdicts = [next(iter(s.rewards.values())) >= 1 for s in scored]
+        for name, verdict in (("correct", True), ("wrong", False)):
+            sizes = [len(s.trajectory.response_ids) for s, v in zip(scored, verdicts, strict=True) if v == verdict]
+            if sizes:
+                found[f"response_length_{name}"] = sum(sizes) / len(sizes)
         if self.recipe.algorithm.overlong_buffer:
             found["overlong_penalty"] = sum(s.reward - s.trajectory.reward for s in scored) / count
         if scored[0].baseline is not None:

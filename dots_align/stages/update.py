@@ -85,6 +85,7 @@ class PolicyUpdate:
         self.balance, self.bias = balance, bias
         self.kl = kl_controller(recipe.algorithm)
         self.updates_per_step = recipe.train.num_minibatches * recipe.train.num_epochs
+        self.advantages = torch.empty(0)  # [B, T] of the latest rollout
 
     def __call__(
         self, trajectories: list[Trajectory], step: int, baselines: list[float] | None = None
@@ -100,6 +101,7 @@ class PolicyUpdate:
         """
         batch = self._prepare(trajectories, step)
         metrics = self._advantages(batch, baselines)
+        self.advantages = batch.advantages
         if self.critic is None or step >= self.critic.section.warmup_steps:
             metrics |= self._optimize(batch)
         return {**metrics, "learning_rate": self.engine.learning_rate}

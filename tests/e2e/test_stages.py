@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -67,6 +68,13 @@ def test_grpo_logs_the_agreement_of_trainer_and_rollout_at_every_step(recipe: Re
     assert all(sum(row) == pytest.approx(1, abs=1e-3) for row in routers[0]["load"])
     samples = [json.loads(line) for line in (tmp_path / "grpo" / "samples.jsonl").read_text().splitlines()]
     assert {"prompt", "response", "answer", "reward", "rewards", "finish_reason"} < set(samples[0])
+    for sample in samples:
+        if "\ufffd" not in sample["response"]:
+            assert re.sub(r"<\|\w+\|>", "", "".join(sample["tokens"])) == sample["response"]
+        assert len(sample["logprobs"]) == len(sample["tokens"])
+        assert all(value <= 0 for value in sample["logprobs"])
+        assert len(sample["advantages"]) == 1  # GRPO's are the same for all tokens
+    assert any(sample["advantages"] != [0.0] for sample in samples)
 
 
 def _odd_reward(folder: Path) -> Path:

@@ -19,6 +19,7 @@ from dots_align.data.chat import (
     encode_conversation,
     encode_prompt,
     stop_token_ids,
+    token_texts,
 )
 from dots_align.types import Message
 
@@ -127,3 +128,19 @@ def test_special_tokens_are_one_id_each_and_distinct(tokenizer: PreTrainedTokeni
     encoded = [tokenizer(token)["input_ids"] for token in SPECIAL_TOKENS]
     assert [len(ids) for ids in encoded] == [1] * len(SPECIAL_TOKENS)
     assert len({ids[0] for ids in encoded}) == len(SPECIAL_TOKENS)
+
+
+@given(st.text(max_size=30))
+def test_the_texts_of_tokens_add_up_to_the_text(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    texts = token_texts(tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == tokenizer.decode(ids)
+
+
+def test_bytes_that_are_no_text_do_not_swallow_what_follows(tokenizer: PreTrainedTokenizerFast) -> None:
+    lead = tokenizer.encode("\U0001f600", add_special_tokens=False)[:1]  # begins a character and never ends it
+    after = [*tokenizer.encode("7", add_special_tokens=False), tokenizer.eos_token_id]
+    texts = token_texts(tokenizer, [*lead, *after])
+    assert len(texts) == 3
+    assert "".join(texts) == "\ufffd7<|endofresponse|>"
