@@ -1,8 +1,7 @@
 """Checkpoints: published whole or not at all, found again after a crash, linked as `last` and `best`.
 
 A checkpoint is written into a hidden staging directory, sealed with a manifest of its files, and renamed into place.
-Whatever has a name without a dot is therefore complete. On-save hooks run on the published directory, never on a
-live trainer.
+Whatever has a name without a dot is therefore complete.
 """
 
 from __future__ import annotations
@@ -11,9 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,7 +38,6 @@ from dots_align.model.lora import (
 )
 from dots_align.model.sharded_io import load_weights, place_part, save_weights
 from dots_align.runtime import (
-    MetricsLog,
     barrier,
     device,
     is_main_process,
@@ -48,7 +45,6 @@ from dots_align.runtime import (
     logger,
     now,
     on_main,
-    preserved_rng,
     recipe_hash,
     start_processes,
     world_size,
@@ -59,8 +55,6 @@ MANIFEST = "manifest.json"
 UNSEALED = (MANIFEST, "README.md")  # a model card may be edited without the checkpoint being damaged
 PREFIX = "checkpoint-"
 IDENTIFYING = ("*.safetensors", "config.json", ADAPTER_CONFIG, "tokenizer*", "chat_template*", "vocab*", "merges*")
-# A hook gets the published directory and the recipe; the mapping it returns is logged as metrics of that step.
-Hook = Callable[[Path, Any], dict[str, float] | None]
 
 
 @contextmanager
@@ -218,73 +212,16 @@ def newest_whole(run_dir: Path) -> Path | None:
     return None
 
 
-@dataclass
-class Publisher:
-    """What a stage does each time it saves: publish, run the hooks, link `last` and `best`, drop the oldest."""
-
-    run_dir: Path
-    recipe: Any
-    data_hash: str
-    hooks: list[tuple[str, Hook]]
-
-    def final_path(self, step: int) -> Path:
-        return self.run_dir / f"{PREFIX}{step}"
-
-    def manifest(self, step: int) -> dict[str, Any]:
-        return manifest_for(self.recipe, step, self.data_hash)
-
-    def after_publish(self, checkpoint: Path) -> dict[str, float]:
-        """Runs the hooks on a published checkpoint and returns their metrics. A failing hook is reported and costs
-        nothing.
-
-        Of several processes all call this; a hook that does not say `everywhere` runs on the main one.
-        """
-        metrics: dict[str, float] = {}
-        link(self.run_dir, "last", checkpoint)
-        for name, hook in self.hooks:
-            try:
-                if is_main_process() or getattr(hook, "everywhere", False):
-                    with preserved_rng():
-                        metrics.update(hook(checkpoint, self.recipe) or {})
-            except Exception as error:  # noqa: BLE001 - a hook is the user's code; the checkpoint and the run go on
-                logger.error("on_save hook %s failed on %s: %s: %s", name, checkpoint, type(error).__name__, error)
-            barrier()
-        if is_main_process():
-            if (best := best_checkpoint(self.run_dir)) is not None:
-                link(self.run_dir, "best", best)
-            self._drop_old()
-        barrier()
-        return metrics
-
-    def finish_hooks(self, checkpoint: Path, log: MetricsLog) -> None:
-        """Runs the hooks of a checkpoint whose process died between publishing it and evaluating it."""
-        missing = on_main(lambda: "evaluate" in dict(self.hooks) and not evaluation_of(checkpoint))
-        if missing and (metrics := self.after_publish(checkpoint)):
-            log.log(step_of(checkpoint), metrics)
-
-    def _drop_old(self) -> None:
-        limit = self.recipe.save.save_total_limit
-        if limit is None:
-            return
-        best = best_checkpoint(self.run_dir)
-        for checkpoint in checkpoints(self.run_dir)[:-limit]:
-            if checkpoint != best:
-                # Renamed first: a process that dies while deleting leaves no damaged checkpoint behind.
-                doomed = checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.deleted"))
-                shutil.rmtree(doomed)
-
-
 def evaluation_of(checkpoint: Path) -> dict[str, float]:
     """The metrics in a checkpoint's eval.json; empty if it was never evaluated."""
     path = checkpoint / "eval.json"
     return json.loads(path.read_text(encoding="utf-8"))["metrics"] if path.is_file() else {}
 
 
-def best_checkpoint(run_dir: Path) -> Path | None:
-    """The checkpoint with the highest exact match (the newest of equals), or None if none was evaluated."""
-    scored = [(evaluation_of(c).get("exact_match"), step_of(c), c) for c in checkpoints(run_dir)]
-    scored = [s for s in scored if s[0] is not None]
-    return max(scored)[2] if scored else None
+def linked(run_dir: Path, name: str) -> Path | None:
+    """The checkpoint that the link `run_dir/name` leads to, if there is one."""
+    path = run_dir / name
+    return run_dir / path.readlink() if path.is_symlink() and path.exists() else None
 
 
 def link(run_dir: Path, name: str, target: Path) -> None:

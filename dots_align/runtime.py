@@ -299,7 +299,7 @@ def _foreign(directory: Path, record: Path, recipe: Any) -> str | None:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`, `router.jsonl` and `samples.jsonl`, and to TensorBoard if asked.
+    """Appends to `metrics.jsonl`, `router.jsonl`, `samples.jsonl` and `hooks.jsonl`, and to TensorBoard if asked.
 
     Args:
         directory: the run directory.
@@ -310,7 +310,7 @@ class MetricsLog:
     def __init__(self, directory: Path, resume_step: int = 0, report_to: tuple[str, ...] = ()) -> None:
         self.directory, self._started = directory, time.monotonic()
         self._last: dict[str, float] = {}
-        for name in ("metrics", "router", "samples"):
+        for name in ("metrics", "router", "samples", "hooks"):
             _drop_after(directory / f"{name}.jsonl", resume_step)
         self._board = None
         if "tensorboard" in report_to and is_main_process():
@@ -333,6 +333,10 @@ class MetricsLog:
     def log_samples(self, step: int, samples: list[dict[str, Any]]) -> None:
         for sample in samples:
             self._append("samples", {"step": step, **sample})
+
+    def log_hook(self, step: int, record: dict[str, Any]) -> None:
+        """What became of an on-save hook on the checkpoint of `step`."""
+        self._append("hooks", {"step": step, **record})
 
     def _append(self, name: str, value: dict[str, Any]) -> None:
         if is_main_process():

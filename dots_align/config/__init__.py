@@ -14,6 +14,7 @@ from dots_align.config.algorithm import (
     PolicyLoss,
     RolloutCorrectionSection,
 )
+from dots_align.config.hooks import HookSection
 from dots_align.config.loading import apply_override, explain, load_recipe, recipe_dict, recipe_differences
 from dots_align.config.recipes import (
     RECIPES,
@@ -61,6 +62,7 @@ __all__ = [
     "EvaluationSection",
     "GateSection",
     "GrpoRecipe",
+    "HookSection",
     "LoggingSection",
     "LoraSection",
     "LossAggregation",

@@ -64,7 +64,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | No
 
 def recipe_dict(recipe: Section) -> dict[str, Any]:
     """The recipe with every default filled in, as plain JSON values."""
-    return recipe.model_dump(mode="json")
+    return recipe.model_dump(mode="json", by_alias=True)
 
 
 def recipe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -164,7 +164,7 @@ def explain(error: Any, recipe: type[Section], origins: dict[tuple[str, ...], st
 def _all_keys(section: type[Section], prefix: str = "") -> list[str]:
     keys = []
     for name, info in section.model_fields.items():
-        keys.append(prefix + name)
+        keys.append(prefix + (info.alias or name))
         for candidate in (info.annotation, *get_args(info.annotation)):
             if isinstance(candidate, type) and issubclass(candidate, Section):
                 keys += _all_keys(candidate, f"{prefix}{name}.")

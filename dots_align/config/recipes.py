@@ -13,6 +13,7 @@ from dots_align.config.algorithm import (
     MismatchSection,
     RolloutCorrectionSection,
 )
+from dots_align.config.hooks import HookSection
 from dots_align.config.section import Section
 
 
@@ -240,15 +241,16 @@ class _StageRecipe(_Recipe):
     optim: OptimSection = OptimSection()
     save: SaveSection = SaveSection()
     logging: LoggingSection = LoggingSection()
-    on_save: tuple[str, ...] = Field(
-        default=(), description="`evaluate`, or `module:function` taking (checkpoint_dir, recipe)"
-    )
+    on_save: tuple[HookSection, ...] = Field(default=(), description="what is done with every published checkpoint")
     evaluation: EvaluationSection | None = None
 
     @model_validator(mode="after")
     def _consistent(self):
-        if "evaluate" in self.on_save and self.evaluation is None:
+        hooks = [section.hook for section in self.on_save]
+        if "evaluate" in hooks and self.evaluation is None:
             raise ValueError("on_save names `evaluate`, but the recipe has no `evaluation:` section; add one")
+        if hooks.count("keep_best") > 1:
+            raise ValueError("on_save names `keep_best` twice; there is one best checkpoint, keep one of them")
         if self.model.path is not None and self.model.preset is not None:
             raise ValueError("model.path and model.preset exclude each other; set one of them to null")
         if getattr(self, "lora", None) is not None and self.router.bias_policy == "update":

@@ -1,39 +1,83 @@
-"""On-save hooks: what a recipe names under `on_save:` runs on every published checkpoint."""
+"""On-save hooks: what a recipe names under `on_save:` is done with every published checkpoint."""
 
 from __future__ import annotations
 
+import functools
+import shutil
 from pathlib import Path
 from typing import Any
 
-from dots_align.checkpoint import Hook, load_trainable
-from dots_align.config import EvaluationSection, ModelSection, ParallelSection
+from dots_align.checkpoint import check_whole, load_state, load_trainable, model_directories
+from dots_align.config import EvaluationSection, HookSection, LoraSection, ModelSection, ParallelSection
+from dots_align.evals.hook_process import user_hook
+from dots_align.evals.hooks import Hook, SaveHook
 from dots_align.evals.suite import evaluate
-from dots_align.runtime import is_main_process, logger, write_json
+from dots_align.runtime import is_main_process, logger, world_size, write_json
 from dots_align.scoring import load_function
 
+POLICIES = ("keep_best", "stop_early")  # done by the publisher, with what hooks have found
 
-def resolve_hooks(recipe: Any) -> list[tuple[str, Hook]]:
+
+def resolve_hooks(recipe: Any) -> list[SaveHook]:
     """The hooks a recipe names, in order. Raises ValueError for a name that leads nowhere, before anything is
     trained.
     """
     if recipe.evaluation is not None:
         load_function(recipe.evaluation.scorer, "evaluation.scorer")
-    return [
-        (name, evaluate_checkpoint if name == "evaluate" else load_function(name, "on_save")) for name in recipe.on_save
-    ]
+    found: list[SaveHook] = []
+    for section in recipe.on_save:
+        if section.hook not in POLICIES:
+            twins = sum(hook.section.hook == section.hook for hook in found)
+            short = section.hook.rpartition(":")[2]
+            taken = twins or any(hook.name == short for hook in found)
+            name = f"{short}_{len(found) + 1}" if taken else short
+            found.append(SaveHook(name, resolve_hook(section), section, everywhere=section.hook == "evaluate"))
+    return found
+
+
+def resolve_hook(section: HookSection) -> Hook:
+    """The function behind a hook, with its arguments filled in. Raises ValueError if it does not take them."""
+    if section.hook == "evaluate":
+        return evaluate_checkpoint
+    if section.hook == "push":
+        return functools.partial(push, to=str(section.to), hub=section.hub)
+    return user_hook(section)
 
 
 def evaluate_checkpoint(checkpoint: Path, recipe: Any) -> dict[str, float]:
-    """The `evaluate` hook: writes `eval.json` beside the weights and returns its metrics as `eval/<name>`. It runs on
-    every process, on a copy of the model that is spread over them as the one that trains.
+    """The `evaluate` hook: writes `eval.json` beside the weights and returns its metrics as `eval/<name>`. In the
+    trainer it runs on every process, on a copy of the model that is spread over them as the one that trains.
     """
-    output = checkpoint / "eval.json"
     return evaluate_directory(
-        checkpoint, recipe.model, recipe.evaluation, recipe.seed, output, recipe.parallel, recipe.train.bf16
+        checkpoint,
+        recipe.model,
+        recipe.evaluation,
+        recipe.seed,
+        checkpoint / "eval.json",
+        recipe.parallel,
+        recipe.train.bf16,
+        getattr(recipe, "lora", None),
     )
 
 
-evaluate_checkpoint.everywhere = True  # pyright: ignore[reportFunctionMemberAccess]
+def push(checkpoint: Path, recipe: Any, to: str, hub: bool) -> None:
+    """The `push` hook: a whole copy in the folder `to`, as `<stage>-<checkpoint>`, or an upload to the hub's repository
+    of that name, which is made, private, if there is none.
+    """
+    name = f"{recipe.stage}-{checkpoint.name}"
+    if hub:
+        from huggingface_hub import HfApi
+
+        HfApi().create_repo(to, private=True, exist_ok=True)
+        HfApi().upload_folder(repo_id=to, folder_path=checkpoint, path_in_repo=name, commit_message=name)
+        return
+    target = Path(to) / name
+    staging = target.with_name(f".{name}.staging")
+    shutil.rmtree(staging, ignore_errors=True)
+    shutil.copytree(checkpoint, staging)
+    check_whole(staging)
+    shutil.rmtree(target, ignore_errors=True)
+    staging.rename(target)
 
 
 def evaluate_directory(
@@ -44,10 +88,16 @@ def evaluate_directory(
     output: Path,
     parallel: ParallelSection | None = None,
     bf16: bool = False,
+    lora: LoraSection | None = None,
 ) -> dict[str, float]:
-    """Loads a checkpoint directory, evaluates it and writes the result to `output`."""
+    """Loads a checkpoint directory, evaluates it and writes the result to `output`.
+
+    Args:
+        lora: of an adapter's checkpoint, the shape it was trained with: what several processes need, which cannot merge
+            it into a model that is spread over them.
+    """
     section = model.model_copy(update={"path": str(checkpoint), "preset": None})
-    loaded, tokenizer = load_trainable(section, parallel or ParallelSection(), bf16)
+    loaded, tokenizer = _load(section, parallel or ParallelSection(), bf16, lora)
     result = evaluate(loaded, tokenizer, evaluation, seed)
     if is_main_process():
         write_json(output, result)
@@ -61,3 +111,13 @@ def evaluate_directory(
         result["num_prompts"],
     )
     return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+def _load(section: ModelSection, parallel: ParallelSection, bf16: bool, lora: LoraSection | None) -> tuple[Any, Any]:
+    directory, base = model_directories(section)
+    if directory == base or lora is None or (world_size() == 1 and not bf16):
+        return load_trainable(section, parallel, bf16)
+    on_base = section.model_copy(update={"path": str(base)})
+    loaded, tokenizer = load_trainable(on_base, parallel, bf16, lora)
+    load_state(loaded, directory)
+    return loaded, tokenizer

@@ -112,7 +112,7 @@ def _batch(recipe: Any, config: Any, tokens: int, scored: int) -> MicroBatch:
 
 def _evaluation(recipe: Any, launch: Launch, prompt_tokens: int) -> RolloutBatch | None:
     """What the `evaluate` hook samples on each process."""
-    if "evaluate" not in recipe.on_save:
+    if not any(section.hook == "evaluate" and section.in_trainer for section in recipe.on_save):
         return None
     prompts = -(-recipe.evaluation.num_prompts // launch.processes)
     at_once = min(prompts, inspect.signature(RolloutEngine).parameters["max_num_sequences"].default)

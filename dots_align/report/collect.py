@@ -142,6 +142,11 @@ def read_stage(directory: Path, name: str, notices: list[str]) -> Stage:
     stage.router = read_router(read_lines(directory / "router.jsonl", label, notices), notices, label)
     label = f"{name}/samples.jsonl"
     stage.samples, stage.samples_total = _latest(read_lines(directory / "samples.jsonl", label, notices))
+    for line in read_lines(directory / "hooks.jsonl", f"{name}/hooks.jsonl", notices):
+        if line.get("status") != "done":
+            status = as_text(line.get("status")).replace("_", " ")
+            hook, error = as_text(line.get("hook")), as_text(line.get("error"))
+            notices.append(f"{name}: on_save hook {hook} {status} on checkpoint-{line['step']}: {error}.")
     stage.best = _link_target(directory / "best")
     stage.evaluations = _shown_evaluations(directory, evaluations)
     return stage

@@ -77,7 +77,9 @@ def read_curves(records: Iterable[dict[str, Any]], notices: list[str], label: st
     curves, clock, earlier_seconds = Curves(), None, 0.0
     for record in records:
         step, time = record["step"], as_number(record.get("time"))
-        is_training = any(name not in ("step", "time") and not name.startswith("eval/") for name in record)
+        is_training = any(
+            name not in ("step", "time") and not name.startswith(("eval/", "on_save/")) for name in record
+        )
         if time is not None and is_training:
             if clock is not None and time < clock:  # the clock starts again at a resume
                 earlier_seconds += clock

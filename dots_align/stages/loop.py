@@ -16,7 +16,6 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dots_align.checkpoint import (
-    Publisher,
     ensure_start,
     load_state,
     load_trainable,
@@ -30,6 +29,7 @@ from dots_align.data.chat import stop_token_ids, token_texts
 from dots_align.data.encoding import encode_prompts
 from dots_align.data.sources import data_hash, load_prompts
 from dots_align.evals.on_save import resolve_hooks
+from dots_align.evals.publisher import Publisher
 from dots_align.evals.suite import to_response
 from dots_align.model.lora import trainable_summary
 from dots_align.model.training import CriticEngine, TrainingEngine
@@ -184,12 +184,13 @@ class RlLoop:
         """Runs the remaining steps, logs each, publishes as the recipe says; returns the last checkpoint."""
         max_steps, save_steps = self.recipe.train.max_steps, self.recipe.save.save_steps
         with progress(max_steps, self.recipe.stage, "step", initial=self.step) as bar:
-            while self.step < max_steps:
+            while self.step < max_steps and not publisher.stopped:
                 metrics = self.train_step(log)
                 bar.set_postfix({name: f"{metrics[self._name(name)]:.3g}" for name in ("reward", "response_length")})
                 bar.update()
                 if self.step == max_steps or (save_steps and self.step % save_steps == 0):
                     self.publish(publisher, log)
+        publisher.finish(log)
         return publisher.final_path(self.step)
 
     def train_step(self, log: MetricsLog) -> dict[str, float]:
@@ -244,8 +245,7 @@ class RlLoop:
             if is_main_process():
                 state = {"position": self.position, "kl_coef": self.update.kl.value}
                 (staging / STATE).write_text(json.dumps(state))
-        if metrics := publisher.after_publish(final):
-            log.log(self.step, metrics)
+        publisher.after_publish(final, log)
 
     def rollout(self) -> Rollouts:
         """Samples a group of responses to each prompt of the step, and scores them.

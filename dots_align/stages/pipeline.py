@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from dots_align.checkpoint import best_checkpoint, evaluation_of, newest_whole
+from dots_align.checkpoint import evaluation_of, linked, newest_whole
 from dots_align.config import PipelineRecipe, load_recipe
 from dots_align.export.targets import export
 from dots_align.report.page import write_report
@@ -31,7 +31,7 @@ def run(recipe: PipelineRecipe) -> Path:
         if previous is not None:
             stage = _starting_from(stage, previous)
         last = runner(stage)
-        reached = (recipe.start_from == "best" and best_checkpoint(last.parent)) or last
+        reached = (recipe.start_from == "best" and linked(last.parent, "best")) or last
         record.append(
             {
                 "name": stage.stage,

@@ -13,7 +13,6 @@ import transformers
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from dots_align.checkpoint import (
-    Publisher,
     check_whole,
     checkpoints,
     ensure_start,
@@ -25,6 +24,7 @@ from dots_align.checkpoint import (
     step_of,
 )
 from dots_align.evals.on_save import resolve_hooks
+from dots_align.evals.publisher import Publisher
 from dots_align.model.balance import BalanceLoss, BiasPolicy, count_sequences
 from dots_align.model.expert_parallel import clip_grad_norm, reshard
 from dots_align.model.lora import trainable_summary
@@ -175,8 +175,8 @@ def published_by(trainer_class: Trainer, run: StageRun) -> Trainer:
             super()._save_checkpoint(model, trial)
             barrier()
             on_main(lambda: seal_and_publish(staging / final.name, final, publisher.manifest(step)))
-            if metrics := publisher.after_publish(final):
-                run.log.log(step, metrics)
+            publisher.after_publish(final, run.log)
+            self.control.should_training_stop |= publisher.stopped
 
     return PublishingTrainer  # type: ignore[return-value]
 
@@ -237,7 +237,8 @@ def train_and_publish(
         if deepspeed:
             zero.check_resume(resume, world_size())
         publisher.finish_hooks(resume, log)
-        if _is_last_step(resume):
+        if _is_last_step(resume) or publisher.stopped:
+            publisher.finish(log)
             logger.info("%s: %s is the last step, nothing is left to do", recipe.stage, resume)
             return resume
         logger.info("resuming from %s", resume)
@@ -250,6 +251,7 @@ def train_and_publish(
     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     if trainer.state.global_step not in map(step_of, checkpoints(run_dir)):
         trainer._save_checkpoint(trainer.model, trial=None)
+    publisher.finish(log)
     last = publisher.final_path(trainer.state.global_step)
     on_main(lambda: check_whole(last))
     return last

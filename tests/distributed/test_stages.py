@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 from process_group import launch
 from stage_cases import differences, run_command
+
+from dots_align.checkpoint import check_whole
 
 REPO = Path(__file__).resolve().parents[2]
 REWARD = f"{Path(__file__).parent / 'stage_cases.py'}:even_tokens"
@@ -162,3 +165,25 @@ def test_a_run_goes_on_with_other_processes(start, alone, tmp_path):
                 shutil.rmtree(run_dir / f"checkpoint-{later}")
     found = differences(run_dir, expected, start, "sft/loss", "sft/grad_norm")
     assert max(found.values()) < 1e-5, found
+
+
+def test_hooks_of_adapters_on_several_processes(start: Path, tmp_path: Path) -> None:
+    """Evaluated by all of the trainer's processes and by one beside them: the same. Others fail in every way."""
+    run_dir, hooks = tmp_path / "sft", tmp_path / "hooks.py"
+    hooks.write_text(
+        "import os, time\n\n\ndef hang(checkpoint, recipe):\n    time.sleep(600)\n\n\n"
+        "def killed(checkpoint, recipe):\n    os.kill(os.getpid(), 9)\n"
+    )
+    failing = f"{{hook: '{hooks}:hang', in: trainer, timeout_seconds: 1}}, '{hooks}:killed'"
+    asked = f"on_save=[evaluate, {failing}, {{hook: evaluate, in: process}}]"
+    quick = ("train.max_steps=1", "evaluation.num_prompts=5", "evaluation.max_tokens=4", "parallel.ep=2", asked)
+    launch(2, run_command, arguments("sft", run_dir, start, 2, *ADAPTERS, *quick))
+    found = {line["hook"]: line for line in map(json.loads, (run_dir / "hooks.jsonl").read_text().splitlines())}
+    assert {name: line["status"] for name, line in found.items()} == {
+        "evaluate": "done",
+        "hang": "timed_out",
+        "killed": "killed",
+        "evaluate_4": "done",
+    }
+    assert found["evaluate"]["metrics"] == found["evaluate_4"]["metrics"]
+    check_whole(run_dir / "last")

@@ -11,6 +11,8 @@ import pytest
 from safetensors import safe_open
 
 from dots_align import cli
+from dots_align.checkpoint import check_whole
+from dots_align.report.page import write_report
 from tests.e2e.conftest import QUICK_GRPO, QUICK_SFT
 
 Recipe = Callable[[str], str]
@@ -193,20 +195,71 @@ def test_dpo_reads_reference_logprobs_from_the_runs_own_cache(recipe: Recipe, st
     assert (tmp_path / "dpo" / "checkpoint-2" / "model.safetensors").is_file()
 
 
-def test_a_failing_hook_costs_nothing(recipe: Recipe, start: Path, tmp_path: Path):
-    hook = tmp_path / "hook.py"
-    hook.write_text("def boom(checkpoint, recipe):\n    raise RuntimeError('disk on fire')\n")
-    cli.main(
-        [
-            "grpo",
-            recipe("grpo"),
-            f"output_dir={tmp_path / 'grpo'}",
-            f"model.path={start}",
-            *QUICK_GRPO,
-            f"on_save=[{hook}:boom, evaluate]",
-        ]
-    )
-    assert (tmp_path / "grpo" / "last" / "eval.json").is_file()
+HOOKS = """
+import os, signal, time
+
+def boom(checkpoint, recipe):
+    raise RuntimeError("disk on fire")
+
+def hang(checkpoint, recipe):
+    time.sleep(600)
+
+def killed(checkpoint, recipe):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+FAILED = {"boom": "failed", "hang": "timed_out", "killed": "killed"}
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "grpo", "ppo"])
+def test_hooks_that_raise_hang_or_are_killed_cost_nothing(recipe: Recipe, start: Path, tmp_path: Path, stage: str):
+    """Beside each other in one run: the others are done, the run ends, the checkpoint is whole, the report tells."""
+    file, run_dir = tmp_path / "hooks.py", tmp_path / stage
+    file.write_text(HOOKS)
+    failing = f"'{file}:boom', {{hook: '{file}:hang', timeout_seconds: 1.5}}, '{file}:killed'"
+    beside = ", {hook: evaluate, in: process}" if stage == "sft" else ""
+    keys = QUICK_GRPO
+    if stage in ("sft", "dpo"):
+        keys = (*QUICK_GRPO[-2:], "data.max_samples=8", "train.max_steps=1", "train.per_device_train_batch_size=4")
+    more = [f"model.path={start}", "model.preset=null", f"on_save=[{failing}, evaluate{beside}]"]
+    if stage == "ppo":
+        more.append("critic.warmup_steps=0")
+    cli.main([stage, recipe(stage), f"output_dir={run_dir}", *keys, *more])
+    check_whole(run_dir / "last")
+    told = [json.loads(line) for line in (run_dir / "hooks.jsonl").read_text().splitlines()]
+    found = {line["hook"]: line for line in told}
+    assert {name: line["status"] for name, line in found.items() if name in FAILED} == FAILED
+    logged = set().union(*metrics(run_dir))
+    assert {f"on_save/{name}_failed" for name in FAILED} <= logged
+    assert found["evaluate"]["status"] == "done"
+    assert (run_dir / "last" / "eval.json").is_file()
+    if beside:
+        assert found["evaluate_5"]["metrics"] == found["evaluate"]["metrics"]
+    page = write_report(run_dir).read_text(encoding="utf-8")
+    assert "on_save hook boom failed on checkpoint-" in page
+    assert "disk on fire" in page
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_a_run_that_no_longer_improves_ends_early_and_stays_ended(
+    recipe: Recipe, start: Path, tmp_path: Path, stage: str
+):
+    file, run_dir = tmp_path / "hooks.py", tmp_path / stage
+    file.write_text("def falls(checkpoint, recipe):\n    return {'eval/x': -float(checkpoint.name.split('-')[1])}\n")
+    hooks = f"{{hook: '{file}:falls', in: trainer}}, {{hook: stop_early, metric: eval/x, patience: 2}}"
+    best = "{hook: keep_best, metric: eval/x}"
+    keys = (*QUICK_GRPO, "train.max_steps=9") if stage == "grpo" else ("data.max_samples=99", "train.max_steps=9")
+    more = [
+        f"model.path={start}",
+        "model.preset=null",
+        f"on_save=[{hooks}, {best}]",
+        "save.save_steps=1",
+        "save.save_total_limit=2",
+    ]
+    for _ in range(2):
+        cli.main([stage, recipe(stage), f"output_dir={run_dir}", *keys, *more])
+        kept = ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
+        assert sorted(p.name for p in run_dir.glob("checkpoint-*")) == kept
+        assert os.readlink(run_dir / "best") == "checkpoint-1"
 
 
 def test_own_data_gsm8k(recipe: Recipe, shared_data: Path, tmp_path: Path):

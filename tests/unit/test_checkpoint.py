@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +14,9 @@ import torch
 from transformers import Dots1ForCausalLM, PreTrainedTokenizerFast
 
 from dots_align.checkpoint import (
-    Hook,
-    Publisher,
-    best_checkpoint,
     check_whole,
     checkpoints,
     ensure_start,
-    link,
     load_model,
     newest_whole,
     save_model,
@@ -30,8 +24,7 @@ from dots_align.checkpoint import (
     stored_dtype,
     tensor_names,
 )
-from dots_align.config import DataSection, ModelSection, SaveSection, SftRecipe
-from dots_align.runtime import MetricsLog
+from dots_align.config import DataSection, ModelSection, SftRecipe
 
 WEIGHTS = "model.safetensors"
 
@@ -49,10 +42,6 @@ def publish(run_dir: Path, step: int, exact_match: float | None = None) -> Path:
     if exact_match is not None:
         (final / "eval.json").write_text(json.dumps({"metrics": {"exact_match": exact_match}}))
     return final
-
-
-def publisher(run_dir: Path, hooks: list[tuple[str, Hook]] | None = None, limit: int | None = None) -> Publisher:
-    return Publisher(run_dir, recipe(run_dir, save=SaveSection(save_total_limit=limit)), "hash", hooks or [])
 
 
 def names(run_dir: Path) -> list[str]:
@@ -151,85 +140,6 @@ def test_the_newest_whole_checkpoint_is_found_by_number(tmp_path: Path, caplog: 
     assert "checkpoint-100: model.safetensors is missing" in caplog.text
     (tmp_path / "checkpoint-10" / "manifest.json").write_text("{ torn")
     assert newest_whole(tmp_path) == tmp_path / "checkpoint-9"
-
-
-def test_best_is_the_highest_exact_match_and_the_newest_of_equals(tmp_path: Path) -> None:
-    publish(tmp_path, 5)
-    assert best_checkpoint(tmp_path) is None
-    for step, score in ((10, 0.5), (20, 0.7), (30, 0.7), (40, 0.1)):
-        publish(tmp_path, step, score)
-    assert best_checkpoint(tmp_path) == tmp_path / "checkpoint-30"
-
-
-def test_links_follow_a_moved_run(tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    publishing = publisher(run)
-    publishing.after_publish(publish(run, 1, 0.9))
-    publishing.after_publish(publish(run, 2, 0.1))
-    assert os.readlink(run / "last") == "checkpoint-2"
-    assert os.readlink(run / "best") == "checkpoint-1"
-    run.rename(tmp_path / "moved")
-    check_whole(tmp_path / "moved" / "best")
-    assert (tmp_path / "moved" / "last").resolve() == (tmp_path / "moved" / "checkpoint-2").resolve()
-    link(tmp_path / "moved", "last", tmp_path / "moved" / "checkpoint-1")
-    assert os.readlink(tmp_path / "moved" / "last") == "checkpoint-1"
-
-
-@pytest.mark.parametrize(
-    ("limit", "kept"), [(None, [1, 2, 3, 4, 5]), (1, [2, 5]), (2, [2, 4, 5]), (9, [1, 2, 3, 4, 5])]
-)
-def test_old_checkpoints_go_but_the_best_stays(tmp_path: Path, limit: int | None, kept: list[int]) -> None:
-    publishing = publisher(tmp_path, limit=limit)
-    for step, score in ((1, 0.1), (2, 0.9), (3, 0.2), (4, 0.3), (5, 0.4)):
-        publishing.after_publish(publish(tmp_path, step, score))
-    assert [c.name for c in checkpoints(tmp_path)] == [f"checkpoint-{step}" for step in kept]
-    assert (tmp_path / "best").resolve().name == "checkpoint-2"
-
-
-def test_a_failing_hook_is_reported_and_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    seen: list[Path] = []
-
-    def broken(checkpoint: Path, recipe: Any) -> None:
-        raise ZeroDivisionError("oh no")
-
-    def good(checkpoint: Path, recipe: Any) -> dict[str, float]:
-        check_whole(checkpoint)
-        seen.append(checkpoint)
-        torch.rand(1), random.random()
-        return {"eval/mine": 1.5}
-
-    def silent(checkpoint: Path, recipe: Any) -> None:
-        seen.append(checkpoint)
-
-    state = torch.get_rng_state(), random.getstate()
-    final = publish(tmp_path, 1)
-    with caplog.at_level(logging.ERROR, "dots_align"):
-        hooks: list[tuple[str, Hook]] = [("a:broken", broken), ("a:good", good), ("a:silent", silent)]
-        metrics = publisher(tmp_path, hooks).after_publish(final)
-    assert metrics == {"eval/mine": 1.5}
-    assert seen == [final, final]
-    assert "a:broken" in caplog.text
-    assert "ZeroDivisionError: oh no" in caplog.text
-    assert (tmp_path / "last").resolve() == final.resolve()
-    assert torch.equal(torch.get_rng_state(), state[0])
-    assert random.getstate() == state[1]
-
-
-def test_hooks_that_a_crash_cut_off_are_made_up_for_once(tmp_path: Path) -> None:
-    calls: list[Path] = []
-
-    def evaluate(checkpoint: Path, recipe: Any) -> dict[str, float]:
-        calls.append(checkpoint)
-        (checkpoint / "eval.json").write_text(json.dumps({"metrics": {"exact_match": 0.5}}))
-        return {"eval/exact_match": 0.5}
-
-    final = publish(tmp_path, 3)
-    publishing, log = publisher(tmp_path, [("evaluate", evaluate)]), MetricsLog(tmp_path, 3)
-    publishing.finish_hooks(final, log)
-    publishing.finish_hooks(final, log)
-    assert calls == [final]
-    (line,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert (line["step"], line["eval/exact_match"]) == (3, 0.5)
 
 
 def test_loading_gives_model_and_tokenizer(model_dir: Path, loaded_model: Dots1ForCausalLM) -> None:

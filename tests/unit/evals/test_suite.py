@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import Dots1ForCausalLM, PreTrainedTokenizerFast
 
-from dots_align.config import DataSection, EvaluationSection
+from dots_align.config import DataSection, EvaluationSection, HookSection
 from dots_align.evals.on_save import evaluate_checkpoint, resolve_hooks
 from dots_align.evals.suite import evaluate
 from dots_align.types import Response
@@ -99,9 +99,9 @@ def test_the_hook_writes_what_the_evaluation_found(model_dir: Path, tmp_path: Pa
     import shutil
 
     checkpoint = Path(shutil.copytree(model_dir, tmp_path / "checkpoint-1"))
-    ((name, hook),) = resolve_hooks(recipe(tmp_path, on_save=("evaluate",)))
-    assert (name, hook) == ("evaluate", evaluate_checkpoint)
-    metrics = hook(checkpoint, recipe(tmp_path))
+    (hook,) = resolve_hooks(recipe(tmp_path, on_save=(HookSection(hook="evaluate"),)))
+    assert (hook.name, hook.function, hook.everywhere) == ("evaluate", evaluate_checkpoint, True)
+    metrics = hook.function(checkpoint, recipe(tmp_path))
     assert metrics == {"eval/exact_match": 0.0, "eval/stop_rate": 0.0, "eval/mean_length": 5.0}
     written = json.loads((checkpoint / "eval.json").read_text())
     assert {f"eval/{k}": v for k, v in written["metrics"].items()} == metrics
@@ -109,7 +109,7 @@ def test_the_hook_writes_what_the_evaluation_found(model_dir: Path, tmp_path: Pa
 
 def test_a_hook_that_leads_nowhere_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^on_save: cannot import 'nowhere'"):
-        resolve_hooks(recipe(tmp_path, on_save=("evaluate", "nowhere:hook")))
+        resolve_hooks(recipe(tmp_path, on_save=(HookSection(hook="evaluate"), HookSection(hook="nowhere:hook"))))
     broken = recipe(tmp_path).model_copy(update={"evaluation": evaluation(scorer="reward_models.math:none")})
     with pytest.raises(ValueError, match=r"^evaluation\.scorer: reward_models\.math has no function 'none'"):
         resolve_hooks(broken)
