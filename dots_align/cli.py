@@ -92,6 +92,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--output", type=Path, help="default: <checkpoint>-export")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    parity = command("parity", "do all engines compute the same model, and if not, which mistake is it", _parity)
+    parity.add_argument("checkpoint", type=Path, help="full, adapter or exported checkpoint")
+    parity.add_argument(
+        "--prompts", type=Path, help="JSONL file: messages, prompt or text a line; fixed ones by default"
+    )
+    parity.add_argument("--exported", type=Path, help="directory to compare; a fresh export by default")
+    parity.add_argument(
+        "--gguf", type=Path, nargs="+", default=[], help="files for llama.cpp; a fresh F32 one by default"
+    )
+    parity.add_argument("--python", nargs="+", default=[], help="interpreters of other environments with transformers")
+    parity.add_argument(
+        "--endpoint", nargs="+", default=[], metavar="URL", help="servers with OpenAI's completions API"
+    )
+    parity.add_argument("--endpoint-precision", default="BF16", help="of a server's weights; F32 for the strict limits")
+    parity.add_argument("--json", action="store_true", help="print JSON")
     chat = command("chat", "talk to a checkpoint in the terminal", _chat)
     chat.add_argument("checkpoint", type=Path)
     chat.add_argument("--system", help="system prompt; the template's own if not given")
@@ -166,6 +181,24 @@ def _export(options: argparse.Namespace) -> None:
     checkpoint = options.checkpoint.resolve()
     output = options.output or checkpoint.with_name(f"{checkpoint.name}-export")
     print(export(checkpoint, output, options.overwrite, options.to))
+
+
+def _parity(options: argparse.Namespace) -> None:
+    from dots_align.runtime import setup_logging
+
+    setup_logging()
+    from dots_align.parity.check import Sources
+    from dots_align.parity.command import run
+
+    sources = Sources(
+        options.exported,
+        tuple(options.gguf),
+        tuple(options.python),
+        tuple(options.endpoint),
+        options.endpoint_precision,
+    )
+    if not run(options.checkpoint, options.prompts, sources, options.json):
+        sys.exit(1)
 
 
 def _chat(options: argparse.Namespace) -> None:

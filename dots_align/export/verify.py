@@ -100,19 +100,24 @@ def _reload(exported: Path, conversations: list[list[Message]]) -> dict[str, Any
     return result
 
 
-def ask_fresh_process(script: Path, request: dict[str, Any], failure: str) -> dict[str, Any]:
-    """Runs a script of this folder that reads JSON and writes JSON; ValueError, which begins with `failure`, if it
-    ends otherwise.
+def ask_fresh_process(
+    script: Path, request: dict[str, Any], failure: str, python: str = sys.executable
+) -> dict[str, Any]:
+    """Runs a script that reads JSON and writes JSON, by this interpreter or that of another environment; ValueError,
+    which begins with `failure`, if it ends otherwise.
     """
-    done = subprocess.run(
-        # -P keeps the script's own folder, and with it the modules beside it, off the import path.
-        [sys.executable, "-P", str(script)],
-        input=json.dumps(request),
-        capture_output=True,
-        encoding="utf-8",
-        env={**os.environ, **_ENVIRONMENT},
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            # -P keeps the script's own folder, and with it the modules beside it, off the import path.
+            [python, "-P", str(script)],
+            input=json.dumps(request),
+            capture_output=True,
+            encoding="utf-8",
+            env={**os.environ, **_ENVIRONMENT},
+            check=False,
+        )
+    except OSError as error:  # an interpreter that is none
+        raise ValueError(f"{failure}: {error}") from None
     if done.returncode != 0 or not done.stdout:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise ValueError(f"{failure}: {lines[-1].strip()}")
