@@ -24,19 +24,27 @@ from dots_align.config import LoraSection, ModelSection, ParallelSection, recipe
 from dots_align.data import synthetic
 from dots_align.data.chat import stop_token_ids
 from dots_align.data.tokenizer import train_tokenizer
-from dots_align.model.dots1 import create_model, load_base_model, materialize, meta_model, preset_config
+from dots_align.model.dots1 import create_model, lm_head, load_base_model, materialize, meta_model, preset_config
 from dots_align.model.expert_parallel import check_layout, is_sharded, reshard, shard_model
+from dots_align.model.heads import (
+    REWARD_MODEL,
+    attach_scalar_head,
+    has_scalar_head,
+    is_scalar,
+    save_reward_model,
+)
 from dots_align.model.lora import (
     ADAPTER_CONFIG,
     PeftModel,
     adapter_base,
     add_adapter,
     initialise_adapter,
+    is_reward_adapter,
     load_adapter_weights,
     merge_adapter,
     save_adapter,
 )
-from dots_align.model.sharded_io import load_weights, place_part, save_weights
+from dots_align.model.sharded_io import VALUE_HEAD, HubFiles, load_weights, own_part, place_part, save_weights
 from dots_align.runtime import (
     barrier,
     device,
@@ -241,6 +249,8 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, direc
     reshard(model)
     if isinstance(model, PeftModel):
         save_adapter(model, directory)
+    elif has_scalar_head(model):
+        save_reward_model(model, directory)
     elif is_sharded(model):
         save_weights(model, directory)
         if is_main_process():
@@ -274,13 +284,17 @@ def load_model(
     return loaded, tokenizer
 
 
-def model_directories(model: ModelSection) -> tuple[Path, Path]:
-    """The checkpoint directory a recipe names, and the one of the full weights (an adapter's base); both are whole."""
+def model_directories(model: ModelSection, scalar_head: bool = False) -> tuple[Path, Path]:
+    """The checkpoint directory a recipe names, and the one of the full weights (an adapter's base); both are whole.
+
+    Args:
+        scalar_head: a reward model will do too.
+    """
     if model.path is None:
         raise ValueError("model.path is not set; give a checkpoint directory, or model.preset=tiny for fresh weights")
     directory = Path(model.path)
     check_whole(directory)
-    _check_architecture(directory)
+    _check_architecture(directory, scalar_head)
     base = adapter_base(directory) or directory
     if base != directory:
         check_whole(base)
@@ -288,38 +302,56 @@ def model_directories(model: ModelSection) -> tuple[Path, Path]:
 
 
 def load_trainable(
-    model: ModelSection, parallel: ParallelSection, bf16: bool, lora: LoraSection | None = None, seed: int = 0
+    model: ModelSection,
+    parallel: ParallelSection | None,
+    bf16: bool,
+    lora: LoraSection | None = None,
+    seed: int = 0,
+    scalar_head: bool = False,
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """The model a stage trains, on its device: whole on a single process, else every rank's part of it.
 
     Args:
+        parallel: None: whole on every process.
         bf16: compute in bfloat16; parameters, gradients' sum and optimizer stay in the dtype of `model.dtype`.
         lora: fresh adapters to put on; the rest is then frozen.
         seed: of the adapters' initial values.
+        scalar_head: a head of one row in the language-model head's place: the checkpoint's if that is a critic's or a
+        reward model's; else it starts at 0, and so does all that it says.
 
     Raises:
         ValueError: as `load_model`, or a layout that is impossible for this launch, before any weight is read.
     """
-    if world_size() == 1 and not bf16:
+    spread = parallel is not None and (world_size() > 1 or bf16)
+    if not spread and not scalar_head:
         loaded, tokenizer = load_model(model, device())
         if lora is not None:
             loaded = add_adapter(loaded, lora, _lasting(model), seed)
         loaded._is_accelerate_prepared = True  # pyright: ignore[reportAttributeAccessIssue] - or a launch of one is DDP
         return loaded, tokenizer
-    directory, base = model_directories(model)
+    directory, base = model_directories(model, scalar_head)
     if base != directory:
+        what = "model with another head" if scalar_head else "sharded model"
         raise ValueError(
-            f"{directory}: an adapter cannot be merged into a sharded model; `dots-align export {directory}` writes "
-            "the merged checkpoint to start from"
+            f"{directory}: an adapter cannot be merged into a {what}; `dots-align export {directory}` writes the "
+            "merged checkpoint to start from"
         )
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    start_processes(parallel.timeout_minutes)
     loaded: Any = meta_model(directory, model.dtype, model.attn_implementation, model.experts_implementation)
+    if scalar_head:
+        attach_scalar_head(loaded)
     if lora is not None:
         loaded = add_adapter(loaded, lora, _lasting(model), seed)
-    shard_model(loaded, parallel, torch.bfloat16 if bf16 else None, device().type)
+    if parallel is not None and spread:
+        start_processes(parallel.timeout_minutes)
+        shard_model(loaded, parallel, torch.bfloat16 if bf16 else None, device().type)
+    loaded._is_accelerate_prepared = True
     materialize(loaded, device())
-    load_weights(loaded, directory)
+    fresh_head = scalar_head and not is_scalar(HubFiles(directory).shape(VALUE_HEAD))
+    load_weights(loaded, directory, leave_out=(VALUE_HEAD,) if fresh_head else ())
+    if fresh_head:
+        with torch.no_grad():
+            own_part(lm_head(loaded).weight)[0].zero_()
     if lora is not None:
         initialise_adapter(loaded, seed, place_part)
     return loaded, tokenizer
@@ -367,12 +399,17 @@ def stored_dtype(directory: Path) -> Literal["float32", "bfloat16"]:
     return "bfloat16" if (config.get("dtype") or config.get("torch_dtype")) == "bfloat16" else "float32"
 
 
-def _check_architecture(directory: Path) -> None:
+def _check_architecture(directory: Path, scalar_head: bool = False) -> None:
     config = directory / "config.json"
-    if not config.is_file():
-        return
-    found = json.loads(config.read_text(encoding="utf-8")).get("architectures") or ["none"]
-    if "Dots1ForCausalLM" not in found:
+    found = [REWARD_MODEL] if is_reward_adapter(directory) else ["Dots1ForCausalLM"]
+    if config.is_file():
+        found = json.loads(config.read_text(encoding="utf-8")).get("architectures") or ["none"]
+    if REWARD_MODEL in found and not scalar_head:
+        raise ValueError(
+            f"{directory}: this is a reward model, which says how good an answer is and gives none; take the "
+            "checkpoint that it was trained from"
+        )
+    if "Dots1ForCausalLM" not in found and REWARD_MODEL not in found:
         raise ValueError(f"{directory}: this is a {found[0]} checkpoint; dots_align trains Dots1ForCausalLM")
 
 

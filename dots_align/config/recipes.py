@@ -70,10 +70,11 @@ class ParallelSection(Section):
 class DataSection(Section):
     """Where records come from.
 
-    `path` is a JSONL or Parquet file, or `synthetic:sft`, `synthetic:preference`, `synthetic:prompts`,
-    `synthetic:heldout`. Records hold `messages_field` (a list of {role, content}), or `prompt_field` with
-    `response_field` (SFT), `chosen_field` and `rejected_field` (DPO) or `answer_field` (RL and evaluation): one field,
-    or a list of those that a reward function needs, which it gets as a JSON object.
+    `path` is a JSONL or Parquet file, or `synthetic:sft`, `synthetic:preference`, `synthetic:heldout_preference`,
+    `synthetic:prompts`, `synthetic:heldout`. Records hold `messages_field` (a list of {role, content}), or
+    `prompt_field` with `response_field` (SFT), `chosen_field` and `rejected_field` (DPO, reward models) or
+    `answer_field` (RL and evaluation): one field, or a list of those that a reward function needs, which it gets as a
+    JSON object.
     """
 
     path: str
@@ -148,6 +149,13 @@ class EvaluationSection(Section):
     num_prompts: int = Field(default=200, ge=1)
     max_tokens: int = Field(default=128, ge=1)
     num_samples_shown: int = Field(default=20, ge=0)
+
+
+class PairEvaluationSection(Section):
+    """Held-out preference pairs; `accuracy` is the share in which the chosen answer gets the higher score."""
+
+    data: DataSection
+    num_pairs: int = Field(default=200, ge=1)
 
 
 class GateSection(Section):
@@ -309,6 +317,29 @@ class DpoRecipe(_StageRecipe):
         return self
 
 
+class RewardModelRecipe(_StageRecipe):
+    """A reward model from preferences: one number for an answer, by the Bradley-Terry model."""
+
+    stage: Literal["reward_model"]
+    train: TrainSection = TrainSection()
+    lora: LoraSection | None = None
+    center_rewards_coefficient: float | None = Field(
+        default=None,
+        gt=0,
+        description="weight of a term that keeps scores around 0; preferences say nothing about that",
+    )
+    evaluation: PairEvaluationSection | None = None  # pyright: ignore[reportIncompatibleVariableOverride] - frozen
+
+    @model_validator(mode="after")
+    def _in_torch(self):
+        if self.parallel.backend != "fsdp":
+            raise ValueError(
+                f"parallel.backend={self.parallel.backend} trains SFT and DPO; use parallel.backend=fsdp for a reward "
+                "model"
+            )
+        return self
+
+
 class CriticSection(Section):
     """The critic of PPO: a dots1 of its own whose head gives the value of a state."""
 
@@ -459,9 +490,10 @@ class PipelineRecipe(_Recipe):
 
 
 Recipe = Annotated[
-    SftRecipe | DpoRecipe | GrpoRecipe | PpoRecipe | EvalRecipe | PipelineRecipe, Field(discriminator="stage")
+    SftRecipe | DpoRecipe | RewardModelRecipe | GrpoRecipe | PpoRecipe | EvalRecipe | PipelineRecipe,
+    Field(discriminator="stage"),
 ]
 RECIPES: dict[str, type[Section]] = {
     get_args(cls.model_fields["stage"].annotation)[0]: cls
-    for cls in (SftRecipe, DpoRecipe, GrpoRecipe, PpoRecipe, EvalRecipe, PipelineRecipe)
+    for cls in (SftRecipe, DpoRecipe, RewardModelRecipe, GrpoRecipe, PpoRecipe, EvalRecipe, PipelineRecipe)
 }

@@ -26,10 +26,12 @@ def load_conversations(data: DataSection, seed: int) -> list[Conversation]:
 
 
 def load_preference_pairs(data: DataSection, seed: int) -> list[PreferencePair]:
-    """DPO records: a prompt with `chosen_field` and `rejected_field`."""
+    """DPO and reward-model records: a prompt with `chosen_field` and `rejected_field`."""
     if data.path.startswith("synthetic:"):
-        count, seed = _synthetic(data, "preference", seed)
-        return [replace(r, prompt=_with_system(r.prompt, data)) for r in synthetic.preference_pairs(count, seed)]
+        heldout = data.path == "synthetic:heldout_preference"
+        count, seed = _synthetic(data, "heldout_preference" if heldout else "preference", seed)
+        pairs = synthetic.preference_pairs(count, seed, heldout)
+        return [replace(r, prompt=_with_system(r.prompt, data)) for r in pairs]
     return _read(data, lambda row, source: _preference_pair(row, source, data))
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from dots_align.data.chat import DEFAULT_SYSTEM
 from dots_align.types import Conversation, Message, PreferencePair, Prompt
 
-KINDS = ("sft", "preference", "prompts", "heldout")
+KINDS = ("sft", "preference", "heldout_preference", "prompts", "heldout")
 HELDOUT_SHARE = 0.15
 MIN_OPERAND, MAX_OPERAND = 10, 49  # two digits each, so that the written method always has the same steps
 SLIP_RATE = 0.7  # share of the carries and borrows that the writers of the SFT answers forget
@@ -113,14 +113,15 @@ def sft_conversations(count: int, seed: int) -> list[Conversation]:
     ]
 
 
-def preference_pairs(count: int, seed: int) -> list[PreferencePair]:
+def preference_pairs(count: int, seed: int, heldout: bool = False) -> list[PreferencePair]:
     """Correct and concise against a forgotten carry or borrow; where there is none, against a near miss, unboxed,
     wordy.
     """
+    kind = "heldout_preference" if heldout else "preference"
     rng = random.Random(f"pairs-{seed}")
     return [
-        PreferencePair([Message("user", p.question)], p.solution(), _rejected(p, rng), f"synthetic:preference:{i}")
-        for i, p in enumerate(_take(count, seed, heldout=False))
+        PreferencePair([Message("user", p.question)], p.solution(), _rejected(p, rng), f"synthetic:{kind}:{i}")
+        for i, p in enumerate(_take(count, seed, heldout))
     ]
 
 

@@ -11,6 +11,7 @@ from dots_align.checkpoint import check_whole, load_state, load_trainable, model
 from dots_align.config import EvaluationSection, HookSection, LoraSection, ModelSection, ParallelSection
 from dots_align.evals.hook_process import user_hook
 from dots_align.evals.hooks import Hook, SaveHook
+from dots_align.evals.preference import evaluate_pairs
 from dots_align.evals.suite import evaluate
 from dots_align.runtime import is_main_process, logger, world_size, write_json
 from dots_align.scoring import load_function
@@ -22,7 +23,7 @@ def resolve_hooks(recipe: Any) -> list[SaveHook]:
     """The hooks a recipe names, in order. Raises ValueError for a name that leads nowhere, before anything is
     trained.
     """
-    if recipe.evaluation is not None:
+    if recipe.evaluation is not None and recipe.stage != "reward_model":
         load_function(recipe.evaluation.scorer, "evaluation.scorer")
     found: list[SaveHook] = []
     for section in recipe.on_save:
@@ -48,6 +49,8 @@ def evaluate_checkpoint(checkpoint: Path, recipe: Any) -> dict[str, float]:
     """The `evaluate` hook: writes `eval.json` beside the weights and returns its metrics as `eval/<name>`. In the
     trainer it runs on every process, on a copy of the model that is spread over them as the one that trains.
     """
+    if recipe.stage == "reward_model":
+        return _evaluate_reward_model(checkpoint, recipe)
     return evaluate_directory(
         checkpoint,
         recipe.model,
@@ -78,6 +81,21 @@ def push(checkpoint: Path, recipe: Any, to: str, hub: bool) -> None:
     check_whole(staging)
     shutil.rmtree(target, ignore_errors=True)
     staging.rename(target)
+
+
+def _evaluate_reward_model(checkpoint: Path, recipe: Any) -> dict[str, float]:
+    result = evaluate_pairs(checkpoint, recipe.evaluation, recipe.seed, recipe.parallel, recipe.train.bf16)
+    if is_main_process():
+        write_json(checkpoint / "eval.json", result)
+    metrics = result["metrics"]
+    logger.info(
+        "%s: accuracy %.1f %%, mean margin %.2f (%d pairs)",
+        checkpoint,
+        100 * metrics["accuracy"],
+        metrics["margin"],
+        result["num_pairs"],
+    )
+    return {f"eval/{name}": value for name, value in metrics.items()}
 
 
 def evaluate_directory(

@@ -115,7 +115,9 @@ class Publisher:
 
     def _measure(self) -> tuple[str, Mode]:
         section = self._keep_best()
-        return (section.metric, section.mode) if section else ("eval/exact_match", "max")
+        if section is not None:
+            return section.metric, section.mode
+        return ("eval/accuracy" if self.recipe.stage == "reward_model" else "eval/exact_match"), "max"
 
     def _keep_best(self) -> HookSection | None:
         return next((hook for hook in self.recipe.on_save if hook.hook == "keep_best"), None)

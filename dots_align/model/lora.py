@@ -31,14 +31,18 @@ from transformers import PreTrainedModel
 from dots_align.config import LoraSection
 from dots_align.model.dots1 import lm_head
 from dots_align.model.experts import IMPLEMENTATION, grouped_linear, local
+from dots_align.model.heads import has_scalar_head
+from dots_align.model.sharded_io import SCORE_HEAD
 from dots_align.runtime import is_main_process
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+REWARD_MODEL_TASK = "SEQ_CLS"  # PEFT's name of what a reward model does
 ADAPTER = "default"  # PEFT's name of an adapter within a model; it does not appear in files
 # PEFT 0.21 turns these names in `target_modules` of a model whose experts transformers fuses into the routed experts
 # (`_convert_peft_config_moe`), wherever they occur. Named as parameters, `down_proj.weight`, it leaves them alone.
 _REWRITTEN = ("gate_proj", "up_proj", "down_proj")
+_BASE = "base_model.model"  # where PEFT keeps the model
 
 # Maps a parameter, possibly sharded, to the whole tensor on the CPU. Collective: called for the same parameters in the
 # same order on every rank.
@@ -132,7 +136,8 @@ class AdaptedModel(PeftModelForCausalLM):
 
 
 def add_adapter(model: PreTrainedModel, lora: LoraSection, base_path: str, seed: int = 0) -> AdaptedModel:
-    """Wraps a model, real or on meta, with fresh adapters; everything else is frozen.
+    """Wraps a model, real or on meta, with fresh adapters; everything else is frozen, but for the head of a reward
+    model, which no language model brings: it is trained and stored with the adapters.
 
     `lora.target_modules` are suffixes of names of linear layers: `down_proj` means the dense layers' and the shared
     experts', `shared_experts.down_proj` only the latter's. The routed experts, `mlp.experts.down_proj`, are reached by
@@ -167,6 +172,9 @@ def add_adapter(model: PreTrainedModel, lora: LoraSection, base_path: str, seed:
     rewritten = [t for t in lora.target_modules if t.rpartition(".")[2] in _REWRITTEN]
     config.target_modules = sorted(set(lora.target_modules) - set(rewritten))
     config.target_parameters = sorted({*lora.target_parameters, *(f"{t}.weight" for t in rewritten)})
+    if has_scalar_head(model):
+        config.task_type, config.modules_to_save = REWARD_MODEL_TASK, [SCORE_HEAD.removesuffix(".weight")]
+        lm_head(model).weight.requires_grad_(True)
     if not any(s.parameter.is_meta for s in _stored(adapted)):
         initialise_adapter(adapted, seed)
     return adapted
@@ -224,7 +232,7 @@ class _Stored:
 
     name: str
     key: str
-    part: str  # lora_A or lora_B
+    part: str  # lora_A, lora_B or head
     parameter: nn.Parameter
 
     @property
@@ -263,6 +271,9 @@ def _stored(model: nn.Module) -> Iterator[_Stored]:
             for part in ("lora_A", "lora_B"):
                 parameter = getattr(module, part)[ADAPTER].weight
                 yield _Stored(f"{path}.{part}.{ADAPTER}.weight", f"{path}.{part}.weight", part, parameter)
+    if has_scalar_head(model):
+        head: Any = model.get_submodule(f"{_BASE}.lm_head")
+        yield _Stored(f"{_BASE}.lm_head.weight", f"{_BASE}.{SCORE_HEAD}", "head", head.weight)
 
 
 def _cpu(parameter: torch.Tensor) -> torch.Tensor:
@@ -278,10 +289,12 @@ def _copy(parameter: nn.Parameter, whole: torch.Tensor) -> None:
 def initialise_adapter(model: nn.Module, seed: int, place: Place = _copy) -> None:
     """Gives every adapter parameter its initial value, as PEFT does: A uniform within 1 / sqrt(in), B zero.
 
-    The values depend on the seed and the model alone, not on how it is sharded.
+    The values depend on the seed and the model alone, not on how it is sharded. A reward model's head is left alone.
     """
     generator = torch.Generator().manual_seed(seed)
     for stored in _stored(model):
+        if stored.part == "head":
+            continue
         value = torch.zeros(stored.file_shape)
         if stored.part == "lora_A":
             bound = 1 / math.sqrt(stored.file_shape[1])
@@ -339,6 +352,25 @@ def _check_tensors(path: Path, file: Any, expected: dict[str, tuple[int, ...]]) 
     for key, shape in expected.items():
         if found[key] != shape:
             raise ValueError(f"{path}: {key} has shape {list(found[key])}, not {list(shape)}; was lora.r another one?")
+
+
+def stored_lora(directory: Path) -> LoraSection:
+    """The `lora:` section that an adapter directory of `save_adapter` was made with, as far as its shape goes."""
+    config = json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    parameters = config["target_parameters"] or []
+    linears = [p.removesuffix(".weight") for p in parameters if p.endswith(".weight")]
+    return LoraSection(
+        r=config["r"],
+        lora_alpha=config["lora_alpha"],
+        target_modules=(*(config["target_modules"] or []), *linears),
+        target_parameters=tuple(p for p in parameters if not p.endswith(".weight")),
+    )
+
+
+def is_reward_adapter(directory: Path) -> bool:
+    """Whether an adapter directory holds a reward model's adapter and head."""
+    path = directory / ADAPTER_CONFIG
+    return path.is_file() and json.loads(path.read_text(encoding="utf-8")).get("task_type") == REWARD_MODEL_TASK
 
 
 def adapter_base(directory: Path) -> Path | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 CORRECTION_BIAS = "e_score_correction_bias"
+VALUE_HEAD, SCORE_HEAD = "lm_head.weight", "score.weight"
+"""What the one row of a critic or a reward model is called in the model, and in a reward model's files."""
 _EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
 
@@ -55,6 +57,8 @@ class HubFiles:
         return tuple(self._slice(name).get_shape())
 
     def _slice(self, name: str) -> Any:
+        if name == VALUE_HEAD and name not in self.file_of and SCORE_HEAD in self.file_of:
+            name = SCORE_HEAD
         if name not in self.file_of:
             raise ValueError(f"{self.directory}: tensor {name} is missing; the checkpoint is not whole")
         file = self.file_of[name]
@@ -162,17 +166,25 @@ class Source:
 
 @torch.no_grad()
 def save_weights(
-    model: nn.Module, directory: Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 << 30
+    model: nn.Module,
+    directory: Path,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 << 30,
+    stored_as: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the hub's layout, gathering one tensor at a time; collective.
 
     Args:
         dtype: stored dtype, each tensor's own if None; correction biases stay fp32.
+        stored_as: names in the files of tensors that have another one there.
     """
+    stored_as = stored_as or {}
     sources = {}
     for name, tensor in hub_tensors(model).items():
         stored = torch.float32 if name.endswith(CORRECTION_BIAS) else dtype or tensor.dtype
-        sources[name] = Source(tensor.numel() * stored.itemsize, partial(full_tensor, tensor, stored))
+        sources[stored_as.get(name, name)] = Source(
+            tensor.numel() * stored.itemsize, partial(full_tensor, tensor, stored)
+        )
     write_files(sources, directory, max_shard_bytes)
 
 

@@ -1,4 +1,4 @@
-"""TRL's SFT and DPO trainers over our forward: no padding in the model, no logits of tokens that have no label.
+"""TRL's SFT, DPO and reward trainers over our forward: no padding in the model, no logits of tokens that have no label.
 
 TRL keeps its losses, metrics and token counts. It asks the model for per-token log-probabilities with
 `model(..., labels=labels, fused_lm_head=True)`; here that call is answered from packed sequences by
@@ -16,12 +16,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from trl import DPOTrainer, SFTTrainer
+from transformers.modeling_outputs import SequenceClassifierOutput
+from trl import DPOTrainer, RewardTrainer, SFTTrainer
 from trl.trainer import dpo_trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from dots_align.model import attention
 from dots_align.model.experts import local
+from dots_align.model.heads import sequence_scores
 from dots_align.model.logprobs import IGNORED, model_logprobs
 from dots_align.model.packed import PackedBatch
 
@@ -65,11 +67,16 @@ def unpadded(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, targets: torch.Tensor, **others: Any
 ) -> tuple[dict[str, Any], torch.Tensor]:
     """A padded batch [B, T] as one packed row: the model's inputs, and the targets [1, N] of the N real tokens."""
+    batch = packed_rows(input_ids, attention_mask)
+    return {**others, **batch.model_inputs()}, targets[attention_mask.bool()][None]
+
+
+def packed_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> PackedBatch:
+    """A padded batch [B, T] without its padding."""
     real = attention_mask.bool()
     ends = F.pad(real.sum(1).cumsum(0), (1, 0)).int()
     positions = attention_mask.cumsum(1) - 1
-    batch = PackedBatch(input_ids[real][None], positions[real][None], ends)
-    return {**others, **batch.model_inputs()}, targets[real][None]
+    return PackedBatch(input_ids[real][None], positions[real][None], ends)
 
 
 def hash_local_parts(model: nn.Module) -> str:
@@ -104,6 +111,33 @@ class LeanDpoTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
         return super().compute_ref_log_probs(LeanModel(model), inputs)
+
+
+class LeanScorer:
+    """Stands where TRL calls a reward model: one score for each sequence of a padded batch, read at its last token."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        config: Any = getattr(model, "module", model).config
+        self.packs = config._attn_implementation in PACKING
+
+    def __call__(
+        self, *, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool = False
+    ) -> SequenceClassifierOutput:
+        if self.packs:
+            scores = sequence_scores(self.model, packed_rows(input_ids, attention_mask))
+        else:
+            every = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache).logits[..., 0]
+            scores = every.gather(1, attention_mask.sum(1, keepdim=True) - 1)[:, 0]
+        return SequenceClassifierOutput(logits=scores[:, None])  # pyright: ignore[reportArgumentType]
+
+
+class LeanRewardTrainer(RewardTrainer):
+    """TRL's RewardTrainer on `LeanScorer`."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None):
+        lean: Any = LeanScorer(model)
+        return super().compute_loss(lean, inputs, return_outputs, num_items_in_batch)
 
 
 @contextmanager

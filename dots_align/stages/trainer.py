@@ -1,4 +1,4 @@
-"""What SFT and DPO share: TRL's trainers, publishing through our checkpoints and logging to our files."""
+"""What SFT, DPO and reward models share: TRL's trainers, publishing through our checkpoints, logging to our files."""
 
 from __future__ import annotations
 
@@ -92,7 +92,9 @@ def prepare_model(recipe: Any, run_dir: Path) -> tuple[Any, PreTrainedTokenizerB
     if recipe.parallel.backend == "deepspeed":
         model, tokenizer = zero.load_trainable(start, recipe)
     else:
-        model, tokenizer = load_trainable(start, recipe.parallel, recipe.train.bf16, recipe.lora, recipe.seed)
+        scalar_head = recipe.stage == "reward_model"
+        options = recipe.parallel, recipe.train.bf16, recipe.lora, recipe.seed, scalar_head
+        model, tokenizer = load_trainable(start, *options)
     logger.info("%s: %s", recipe.stage, trainable_summary(model))
     return model, tokenizer
 

@@ -181,7 +181,10 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 def test_unknown_stage_lists_the_stages(write) -> None:
     path = write("stage: gpro\n")
-    assert complaint(path) == f"{path}:1: `stage` must be one of sft, dpo, grpo, ppo, eval, pipeline, found 'gpro'"
+    assert (
+        complaint(path)
+        == f"{path}:1: `stage` must be one of sft, dpo, reward_model, grpo, ppo, eval, pipeline, found 'gpro'"
+    )
 
 
 def test_recipe_of_another_stage_says_what_to_run(write) -> None:

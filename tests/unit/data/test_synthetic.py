@@ -65,6 +65,7 @@ def test_training_and_held_out_questions_share_no_pair_of_operands() -> None:
     for seed in range(4):
         train |= pairs([c.messages[0].content for c in synthetic.sft_conversations(1500, seed)])
         train |= pairs([p.prompt[0].content for p in synthetic.preference_pairs(1500, seed)])
+        heldout |= pairs([p.prompt[0].content for p in synthetic.preference_pairs(300, seed, heldout=True)])
         train |= pairs([p.messages[0].content for p in synthetic.prompts(1500, seed)])
         train |= pairs([text.splitlines()[1] for text in synthetic.corpus(1500, seed)])
         heldout |= pairs([p.messages[0].content for p in synthetic.prompts(1500, seed, heldout=True)])
