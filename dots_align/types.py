@@ -5,7 +5,7 @@ Every record that came from a file keeps `source` (`path:line`), so that whoever
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -74,6 +74,19 @@ def reward_range(low: float, high: float) -> Callable[[Function], Function]:
         return function
 
     return declare
+
+
+RewardModel = Callable[[Sequence[Response]], list[float]]
+"""A trained reward model, loaded: the score of each response, in order."""
+
+
+def uses_reward_model(function: Function) -> Function:
+    """Declares a reward function that scores many responses at once, with a trained reward model:
+    `function(responses, model, **arguments)` returns the value of each. A recipe names the model's checkpoint as the
+    argument `checkpoint` and says `run_in: trainer`; it is loaded once, when the run starts.
+    """
+    function.uses_reward_model = True  # type: ignore[attr-defined]
+    return function
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from dots_align.types import Response
+from dots_align.types import Response, RewardModel
 
 RewardFunction = Callable[[Response], float | Awaitable[float]]
+ModelLoader = Callable[[str], RewardModel]
+"""From the path of a reward model's checkpoint to the model."""
 
 
 def load_function(name: str, key: str) -> Callable[..., Any]:
@@ -39,13 +41,23 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
     return found
 
 
-def load_reward(name: str, arguments: dict[str, Any]) -> Callable[..., Any]:
-    """The reward function, with its keyword arguments filled in.
+def load_reward(name: str, arguments: dict[str, Any], load_model: ModelLoader | None = None) -> Callable[..., Any]:
+    """The reward function, with its keyword arguments, and its reward model if it uses one, filled in.
+
+    Args:
+        load_model: None where no function that uses a reward model will be called.
 
     Raises:
         ValueError: there is no such function, or it does not take these arguments.
     """
     function = load_function(name, "rewards.function")
+    if takes_many(function):
+        if not isinstance(arguments.get("checkpoint"), str):
+            raise ValueError(f"rewards.arguments of {name}: `checkpoint` is missing, the path of its reward model")
+        if load_model is None:
+            return function
+        model = load_model(arguments["checkpoint"])
+        arguments = {"model": model, **{k: v for k, v in arguments.items() if k != "checkpoint"}}
     if not arguments:
         return function
     try:
@@ -58,6 +70,11 @@ def load_reward(name: str, arguments: dict[str, Any]) -> Callable[..., Any]:
     filled = functools.partial(function, **arguments)
     functools.update_wrapper(filled, function)  # with the range it declares
     return filled
+
+
+def takes_many(function: Callable[..., Any]) -> bool:
+    """Whether it scores all responses in one call, with a reward model."""
+    return getattr(function, "uses_reward_model", False)
 
 
 def _load_file(path: Path, key: str) -> Any:

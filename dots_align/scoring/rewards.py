@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from dots_align.config import RewardSection, reward_names
-from dots_align.scoring.functions import load_reward
+from dots_align.scoring.functions import ModelLoader, load_reward, takes_many
 from dots_align.scoring.pool import ScoringPool, split
 from dots_align.scoring.worker import Failure, score
 from dots_align.types import Response
@@ -28,14 +28,26 @@ class RewardSum:
     Args:
         rewards: as in a recipe.
         num_workers: most scoring processes; by default one for each core this process may count on, up to 8.
+        load_model: of functions that use a reward model.
 
     Raises:
         ValueError: a function that does not exist, or does not take its arguments.
     """
 
-    def __init__(self, rewards: Sequence[RewardSection], num_workers: int | None = None) -> None:
+    def __init__(
+        self,
+        rewards: Sequence[RewardSection],
+        num_workers: int | None = None,
+        load_model: ModelLoader | None = None,
+    ) -> None:
         self._rewards = dict(zip(reward_names(rewards), rewards, strict=True))
-        self._functions = [load_reward(reward.function, reward.arguments) for reward in rewards]
+        self._functions = [load_reward(reward.function, reward.arguments, load_model) for reward in rewards]
+        for reward, function in zip(rewards, self._functions, strict=True):
+            if takes_many(function) and (reward.run_in != "trainer" or load_model is None):
+                raise ValueError(
+                    f"rewards: {reward.function} uses a reward model, which lives in the training process of an RL or "
+                    "RFT stage; give it `run_in: trainer` there"
+                )
         called = [(reward.function, reward.arguments) for reward in rewards]
         self._pool = ScoringPool(called, num_workers or default_workers())
         self.num_errors = 0

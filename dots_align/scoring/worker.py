@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
 
-from dots_align.scoring.functions import checked, load_reward
+from dots_align.scoring.functions import checked, load_reward, takes_many
 from dots_align.types import Response
 
 
@@ -57,6 +57,9 @@ def score(
     if inspect.iscoroutinefunction(function):
         asyncio.run(_score_async(function, responses, seconds, at_once, answer))
         return
+    if takes_many(function):
+        _score_together(function, responses, answer)
+        return
     for index, response in enumerate(responses):
         # What a function draws at random depends on the response, not on who came before it in this process.
         random.seed(f"{response.prompt.source}\n{response.text}")
@@ -64,6 +67,22 @@ def score(
             answer(index, checked(function, function(response)))
         except Exception as error:  # noqa: BLE001 - the one place where the user's code may fail without ending the run
             answer(index, _failure(error))
+
+
+def _score_together(
+    function: Callable[..., Any], responses: list[Response], answer: Callable[[int, float | Failure], None]
+) -> None:
+    """One call for all: what it raises is the failure of each."""
+    found: list[float | Failure]
+    try:
+        values = function(responses)
+        if len(values) != len(responses):
+            raise ValueError(f"returned {len(values)} values for {len(responses)} responses")
+        found = [checked(function, value) for value in values]
+    except Exception as error:  # noqa: BLE001 - as above
+        found = [_failure(error)] * len(responses)
+    for index, value in enumerate(found):
+        answer(index, value)
 
 
 async def _score_async(

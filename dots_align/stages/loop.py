@@ -29,6 +29,7 @@ from dots_align.data.chat import stop_token_ids, token_texts
 from dots_align.data.encoding import encode_prompts
 from dots_align.data.sources import data_hash, load_prompts
 from dots_align.evals.on_save import resolve_hooks
+from dots_align.evals.preference import load_preference_model
 from dots_align.evals.publisher import Publisher
 from dots_align.evals.suite import to_response
 from dots_align.model.lora import trainable_summary
@@ -374,7 +375,7 @@ def run(recipe: RlRecipe) -> Path:
     """Loads, trains and returns the last checkpoint's directory."""
     prompts = load_prompts(recipe.data, recipe.seed)
     hooks = resolve_hooks(recipe)
-    rewards = RewardSum(recipe.rewards, recipe.scoring.num_workers)
+    rewards = RewardSum(recipe.rewards, recipe.scoring.num_workers, load_preference_model)
     run_dir = open_run_directory(recipe)
     seed_everything(recipe.seed)
     start, resume = ensure_start(recipe, run_dir), on_main(lambda: newest_whole(run_dir))

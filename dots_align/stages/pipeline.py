@@ -42,7 +42,8 @@ def run(recipe: PipelineRecipe) -> Path:
             }
         )
         write_json(run_dir / RECORD, {"stages": record, "export": None, "report": None})
-        previous = reached
+        if stage.stage != "reward_model":  # which is a means: the next stage goes on from the model before
+            previous = reached
     assert previous is not None
     exported = export(previous, run_dir / EXPORT, overwrite=True) if recipe.export else None
     report = run_dir / REPORT
@@ -66,6 +67,10 @@ def plan(recipe: PipelineRecipe) -> list[Any]:
         if loaded.stage in ("pipeline", "eval"):
             raise ValueError(f"stages: {entry.recipe} is a recipe for {loaded.stage!r}, which is no training stage")
         stages.append(loaded)
+    if all(stage.stage == "reward_model" for stage in stages):
+        raise ValueError(
+            "stages: a pipeline ends with a model that answers, and there are only reward models in this one"
+        )
     return stages
 
 
@@ -78,8 +83,12 @@ def _say(record: list[dict[str, Any]], last: Path, exported: Path | None, report
     """The last lines of a pipeline: what was reached, where it lies, how to talk to it."""
     logger.info("")
     for stage in record:
-        if stage["metrics"]:
-            values = stage["metrics"]
+        values = stage["metrics"]
+        if "accuracy" in values:
+            logger.info(
+                "%-6s accuracy    %5.1f %%   (%.0f s)", stage["name"], 100 * values["accuracy"], stage["seconds"]
+            )
+        elif values:
             logger.info(
                 "%-6s exact match %5.1f %%   stop rate %5.1f %%   mean length %5.1f   (%.0f s)",
                 stage["name"],
