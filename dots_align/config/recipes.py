@@ -231,6 +231,9 @@ class RlTrainSection(Section):
     micro_batch_tokens: int = Field(
         default=8192, ge=1, description="most tokens of one forward; never changes a number"
     )
+    share_prompts: bool = Field(
+        default=True, description="compute a prompt once for all responses to it; never changes a number"
+    )
     bf16: bool = False
     gradient_checkpointing: bool = False
 

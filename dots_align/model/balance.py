@@ -7,12 +7,13 @@ loss keeps single sequences from crowding into few experts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from dots_align.model.packed import NO_PREFIX
 from dots_align.model.router import (
     LoadMonitor,
     Reduce,
@@ -32,17 +33,22 @@ _HANDED_DOWN = "balance_share"
 class Sequences:
     """Which of a forward's N tokens (rows one after the other) make up its S sequences.
 
-    `owner` [N] int64, a sequence of each token; `real` [N] fp32, 0 for padding; `sizes` [S] fp32, real tokens of each.
+    `owner` [N] int64, the segment of each token; `real` [N] fp32, 0 for padding; `sizes` [S] fp32, real tokens of each
+    sequence. Segments are sequences, unless some continue others (`prefixes`, as in `PackedBatch`): then a token that
+    was computed once for several sequences belongs to each of them, and those that are continued are none themselves,
+    of size 0.
     """
 
     owner: torch.Tensor
     real: torch.Tensor
     sizes: torch.Tensor
+    prefixes: torch.Tensor | None = None
 
     @staticmethod
     def of(inputs: Mapping[str, Any]) -> Sequences:
-        """The sequences of a decoder call: those between `cu_seq_lens_q` (one row), or those whose `position_ids`
-        start at 0, or else the rows; without what a 2-D `attention_mask` says is padding.
+        """The sequences of a decoder call: those between `cu_seq_lens_q` (one row) with the `prefix_segments` they
+        continue, or those whose `position_ids` start at 0, or else the rows; without what a 2-D `attention_mask` says
+        is padding.
         """
         real = real_tokens(inputs)
         tokens = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
@@ -58,7 +64,20 @@ class Sequences:
             count = int(owner[-1]) + 1  # waits for the device, once a forward
         else:
             owner, count = torch.arange(rows, device=real.device).repeat_interleave(width), rows
-        return Sequences(owner, real, real.new_zeros(count).scatter_add_(0, owner, real))
+        prefixes = inputs.get("prefix_segments")
+        alone = Sequences(owner, real, real.new_zeros(count), prefixes)
+        return replace(alone, sizes=alone.sums(real[:, None]).squeeze(-1))
+
+    def sums(self, values: torch.Tensor) -> torch.Tensor:
+        """[N, X] of tokens -> [S, X], added up over each sequence."""
+        found = values.new_zeros(len(self.sizes), values.shape[1]).index_add(0, self.owner, values)
+        if self.prefixes is None:
+            return found
+        continues = (self.prefixes != NO_PREFIX).to(values.dtype).unsqueeze(-1)
+        continued = self.prefixes.clamp(min=0)
+        whole = found + found[continued] * continues
+        is_continued = torch.zeros_like(continues).index_add_(0, continued, continues) > 0
+        return whole.masked_fill(is_continued, 0.0)
 
 
 def count_sequences(inputs: Mapping[str, Any]) -> int:
@@ -80,15 +99,12 @@ def sequence_balance(logits: torch.Tensor, chosen: torch.Tensor, sequences: Sequ
         a scalar in the dtype of `logits`.
     """
     num_experts, k = logits.shape[1], chosen.shape[1]
-    owner, real, sizes = sequences.owner, sequences.real.to(logits.dtype), sequences.sizes.to(logits.dtype)
-    slots = real.unsqueeze(-1).expand(chosen.shape).reshape(-1)
-    counts = slots.new_zeros(len(sizes) * num_experts)
-    counts.scatter_add_(0, (owner.unsqueeze(-1) * num_experts + chosen).reshape(-1), slots)
-    sizes = sizes.clamp(min=1)
-    frequencies = counts.view(-1, num_experts) * (num_experts / k) / sizes.unsqueeze(-1)
+    real, sizes = sequences.real.to(logits.dtype).unsqueeze(-1), sequences.sizes.to(logits.dtype).clamp(min=1)
+    slots = torch.zeros_like(logits).scatter_add_(1, chosen, real.expand(chosen.shape))
+    frequencies = sequences.sums(slots) * (num_experts / k)
     scores = logits.sigmoid()
-    shares = scores / scores.sum(-1, keepdim=True)
-    return ((shares * frequencies[owner]).sum(-1) * real / sizes[owner]).sum()
+    shares = sequences.sums(scores / scores.sum(-1, keepdim=True) * real)
+    return ((shares * frequencies).sum(-1) / sizes.square()).sum()
 
 
 class _AddLoss(torch.autograd.Function):

@@ -57,12 +57,13 @@ def state_values(model: nn.Module, inputs: dict[str, Any], positions: torch.Tens
     """One forward of a critic.
 
     Args:
-        inputs: keyword arguments of the model's forward, without labels. positions: [1, T] bool.
+        inputs: keyword arguments of the model's forward, without labels. positions: [N] of its one row; one may come
+        several times.
 
     Returns:
         [N] fp32, differentiable: the values of the states at `positions`, in order.
     """
-    return model(**inputs).logits[..., 0][positions].float()
+    return model(**inputs).logits[0, :, 0].index_select(0, positions).float()
 
 
 def sequence_scores(model: nn.Module, batch: PackedBatch) -> torch.Tensor:

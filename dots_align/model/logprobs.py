@@ -175,6 +175,7 @@ def model_logprobs(
     *,
     with_entropy: bool = False,
     with_metrics: bool = False,
+    positions: torch.Tensor | None = None,
 ) -> TokenScores:
     """One forward of a causal language model whose head answers with log-probabilities instead of logits.
 
@@ -187,16 +188,19 @@ def model_logprobs(
         targets: [B, T] ids of the tokens that the positions of `inputs` predict (labels moved one to the left);
             IGNORED where nothing is asked for. Only the others go through the head.
         temperature, with_entropy, with_metrics: as in `score_tokens`.
+        positions: [N] which of the B * T positions predict the `targets`, which then are [N]; one may predict several.
 
     Returns:
-        scores of the N targets that are not IGNORED, in row-major order.
+        scores of the N targets that are not IGNORED, in row-major order, or of `positions`, in order.
     """
     bare: Any = getattr(model, "module", model)
     head, wanted, found = lm_head(bare), targets != IGNORED, []
 
     def score(hidden: torch.Tensor) -> torch.Tensor:
         options: Any = {"with_entropy": with_entropy, "with_metrics": with_metrics}
-        found.append(score_tokens(hidden[wanted], head.weight, targets[wanted], temperature, **options))
+        # index_select adds the gradients of one position's targets in order, so that every run gets the same bits.
+        states = hidden[wanted] if positions is None else hidden.flatten(0, -2).index_select(0, positions)
+        found.append(score_tokens(states, head.weight, targets[wanted], temperature, **options))
         return found[-1].logprobs
 
     with _forward_replaced(head, score):

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from transformers.utils.generic import maybe_autocast
 
+from dots_align.model.packed import NO_PREFIX
+
 Reduce = Callable[[torch.Tensor], Any]
 """Sums a tensor over all processes, in place (`torch.distributed.all_reduce`)."""
 
@@ -83,6 +85,21 @@ def real_tokens(inputs: Mapping[str, Any]) -> torch.Tensor:
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
         return mask[:, -tokens.shape[1] :].flatten().float()  # a cache makes the mask wider than the tokens
     return torch.ones(tokens.shape[0] * tokens.shape[1], device=tokens.device)
+
+
+def sequences_per_token(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """How many sequences each of a decoder call's N tokens is part of: 1, 0 for padding, and for a prompt that several
+    responses continue (`PackedBatch.prefixes`) their number.
+
+    Returns:
+        [N] fp32, rows one after the other.
+    """
+    real, prefixes = real_tokens(inputs), inputs.get("prefix_segments")
+    if prefixes is None:
+        return real
+    numbers = torch.bincount(prefixes[prefixes != NO_PREFIX], minlength=len(prefixes)).clamp(min=1)
+    lengths = inputs["cu_seq_lens_q"].diff()
+    return real * torch.repeat_interleave(numbers, lengths, output_size=len(real))
 
 
 def keep_router_in_fp32(model: nn.Module) -> None:
@@ -270,8 +287,9 @@ class LoadMonitor:
     """Counts how many routed slots each expert got, over the forwards that train.
 
     A forward trains if gradients are enabled where the decoder starts, and it is not `idle`. Each of its tokens counts
-    once: padding does not, nor does the recomputation of activation checkpointing. Nothing waits for the device before
-    `take`.
+    once for each sequence it is part of, so a prompt computed once for several responses counts for all of them: loads
+    do not depend on what is shared. Padding does not count, nor does the recomputation of activation checkpointing.
+    Nothing waits for the device before `take`.
 
     Args:
         model: hooks on it count for as long as it lives.
@@ -289,7 +307,7 @@ class LoadMonitor:
         """
         self._totals: torch.Tensor | None = None
         self._taken: torch.Tensor | None = None
-        self._trains, self._real = False, torch.empty(0)
+        self._trains, self._weights = False, torch.empty(0)
         if blocks:
             decoder_of(model).register_forward_pre_hook(self._begin_hook(), with_kwargs=True)
         for row, (_, block) in enumerate(blocks):
@@ -301,7 +319,7 @@ class LoadMonitor:
         def begin(_module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
             self._trains = is_training_forward() and not in_backward()
             if self._trains:
-                self._real = real_tokens(decoder_inputs(arguments, keywords)).double()
+                self._weights = sequences_per_token(decoder_inputs(arguments, keywords)).double()
 
         return begin
 
@@ -311,7 +329,7 @@ class LoadMonitor:
                 scores = logits.detach().sigmoid()
                 total = scores.sum(-1)
                 entropy = torch.special.entr(scores).sum(-1) / total + total.log()
-                self._sums(logits.device)[row, -1] += (entropy * self._real).sum()
+                self._sums(logits.device)[row, -1] += (entropy * self._weights).sum()
 
         return add
 
@@ -319,7 +337,7 @@ class LoadMonitor:
         def count(_experts: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             if self._trains and not in_backward():
                 chosen = arguments[1]
-                slots = self._real.unsqueeze(-1).expand(chosen.shape).reshape(-1)
+                slots = self._weights.unsqueeze(-1).expand(chosen.shape).reshape(-1)
                 self._sums(chosen.device)[row, :-1].scatter_add_(0, chosen.reshape(-1), slots)
 
         return count

@@ -18,11 +18,12 @@ import torch
 from transformers import PreTrainedModel, get_scheduler
 
 from dots_align.config import OptimSection
+from dots_align.model import attention
 from dots_align.model.expert_parallel import clip_grad_norm, is_sharded, no_gradient_sync, reshard
 from dots_align.model.heads import state_values
-from dots_align.model.logprobs import IGNORED, model_logprobs
+from dots_align.model.logprobs import model_logprobs
 from dots_align.model.optimizer import load_optimizer, make_optimizer, save_optimizer
-from dots_align.model.packed import micro_batches, pack
+from dots_align.model.packed import micro_batches, pack_shared
 from dots_align.model.router import RecordedRoutes, RouteReplay, idle, moe_layers, record_routes, routes_of
 from dots_align.model.sharded_io import as_hub, full_tensor, hub_tensors
 from dots_align.runtime import gather_objects, is_main_process, world_size
@@ -36,14 +37,15 @@ class ResponseScores:
     """What a forward says about the responses of a micro-batch of b trajectories, whose longest response has T tokens.
 
     `members` [b] indices of the trajectories; `logprobs` [b, T] (0 where there is no token), `mask` [b, T];
-    `entropy` [tokens]; `boundaries` [b + 1] of the packed sequences (prompt and response).
+    `entropy` [tokens]; `places` of each one the positions [prompt + response] that its tokens had in the forward, which
+    a prompt may share with others.
     """
 
     members: list[int]
     logprobs: torch.Tensor
     mask: torch.Tensor
     entropy: torch.Tensor
-    boundaries: list[int]
+    places: list[torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class ResponseValues:
     members: list[int]
     values: torch.Tensor
     mask: torch.Tensor
-    boundaries: list[int]
+    places: list[torch.Tensor]
 
 
 LossFunction = Callable[[Any], tuple[torch.Tensor, dict[str, float]]]
@@ -83,12 +85,14 @@ class TokenMeans:
 
 @dataclass(frozen=True)
 class _Packed:
-    """Trajectories packed for one forward. `targets` [1, N] is the response token that each position predicts, IGNORED
-    elsewhere; `mask` [b, T] says which of the padded responses' places hold a token.
+    """Trajectories packed for one forward. `places` as in ResponseScores; `positions` [M] of the states that predict
+    the M response tokens `targets` [M], trajectory by trajectory; `mask` [b, T] says which of the padded responses'
+    places hold a token.
     """
 
     inputs: dict[str, Any]
-    boundaries: list[int]
+    places: list[torch.Tensor]
+    positions: torch.Tensor
     targets: torch.Tensor
     mask: torch.Tensor
 
@@ -97,53 +101,82 @@ class _Packed:
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
 
 
-def _packed(trajectories: Sequence[Trajectory], members: list[int], device: torch.device) -> _Packed:
-    chosen = [trajectories[i] for i in members]
-    batch = pack([t.prompt_ids + t.response_ids for t in chosen], device)
-    boundaries = batch.cu_seq_lens.tolist()
-    sizes = [len(t.response_ids) for t in chosen]
-    targets = batch.input_ids.new_full(batch.input_ids.shape, IGNORED)
-    for start, trajectory, size in zip(boundaries, chosen, sizes, strict=False):
-        # The state before a token predicts it, so a response is read one position early.
-        first = start + len(trajectory.prompt_ids) - 1
-        targets[0, first : first + size] = batch.input_ids[0, first + 1 : first + size + 1]
-    mask = torch.arange(max(sizes), device=device)[None] < torch.tensor(sizes, device=device)[:, None]
-    return _Packed(batch.model_inputs(), boundaries, targets, mask)
+def _packed(trajectories: Sequence[Trajectory], shares: Sequence[list[int]], device: torch.device) -> _Packed:
+    """Members of a share are responses to one prompt, which is computed once for them."""
+    prompts = [trajectories[share[0]].prompt_ids for share in shares]
+    responses = [[trajectories[i].response_ids for i in share] for share in shares]
+    batch, places = pack_shared(prompts, responses, device)
+    rows = [row for of_prompt in places for row in of_prompt]
+    # The state before a token predicts it: that of a response's first token is the prompt's last.
+    positions = [row[len(p) - 1 : -1] for p, of_prompt in zip(prompts, places, strict=True) for row in of_prompt]
+    targets = [row[len(p) :] for p, of_prompt in zip(prompts, places, strict=True) for row in of_prompt]
+    sizes = torch.tensor([len(row) for row in targets], device=device)
+    mask = torch.arange(int(sizes.max()), device=device)[None] < sizes[:, None]
+    ids = batch.input_ids[0, torch.cat(targets)]
+    return _Packed(batch.model_inputs(), rows, torch.cat(positions), ids, mask)
+
+
+def prompt_shares(
+    trajectories: Sequence[Trajectory], members: Sequence[int], routes: Routes | None = None
+) -> list[list[int]]:
+    """The members in the order in which they come, those together whose group and prompt are the same, and, where
+    routes are to be replayed, the routes of the prompt.
+    """
+    shares: dict[Any, list[int]] = {}
+    for index in members:
+        trajectory, recorded = trajectories[index], (routes or {}).get(index) or b""
+        size = len(trajectory.prompt_ids)
+        bytes_per_token = len(recorded) // max(size + len(trajectory.response_ids) - 1, 1)
+        key = trajectory.group, tuple(trajectory.prompt_ids), recorded[: size * bytes_per_token]
+        shares.setdefault(key, []).append(index)
+    return list(shares.values())
 
 
 def response_scores(
-    model: PreTrainedModel, trajectories: Sequence[Trajectory], members: list[int], temperature: float
+    model: PreTrainedModel, trajectories: Sequence[Trajectory], shares: Sequence[list[int]], temperature: float
 ) -> ResponseScores:
-    """One forward over the packed prompts and responses of `members`; log-probs at the sampling temperature."""
-    packed = _packed(trajectories, members, next(model.parameters()).device)
-    scores = model_logprobs(model, packed.inputs, packed.targets, temperature, with_entropy=True)
+    """One forward over the packed prompts and responses of `shares` (see `prompt_shares`), prompts computed once for
+    each share; log-probs at the sampling temperature.
+    """
+    packed = _packed(trajectories, shares, next(model.parameters()).device)
+    scores = model_logprobs(
+        model, packed.inputs, packed.targets, temperature, with_entropy=True, positions=packed.positions
+    )
     assert scores.entropy is not None
     logprobs = packed.padded(scores.logprobs)
-    return ResponseScores(members, logprobs, packed.mask.float(), scores.entropy, packed.boundaries)
+    return ResponseScores(_flat(shares), logprobs, packed.mask.float(), scores.entropy, packed.places)
 
 
-def response_values(model: PreTrainedModel, trajectories: Sequence[Trajectory], members: list[int]) -> ResponseValues:
-    """One forward of a critic over the packed prompts and responses of `members`."""
-    packed = _packed(trajectories, members, next(model.parameters()).device)
-    values = state_values(model, packed.inputs, packed.targets != IGNORED)
-    return ResponseValues(members, packed.padded(values), packed.mask.float(), packed.boundaries)
+def response_values(
+    model: PreTrainedModel, trajectories: Sequence[Trajectory], shares: Sequence[list[int]]
+) -> ResponseValues:
+    """One forward of a critic over the packed prompts and responses of `shares`."""
+    packed = _packed(trajectories, shares, next(model.parameters()).device)
+    values = state_values(model, packed.inputs, packed.positions)
+    return ResponseValues(_flat(shares), packed.padded(values), packed.mask.float(), packed.places)
+
+
+def _flat(shares: Sequence[list[int]]) -> list[int]:
+    return [index for share in shares for index in share]
 
 
 def _packed_routes(
-    model: PreTrainedModel, trajectories: Sequence[Trajectory], members: list[int], routes: Routes
+    model: PreTrainedModel, trajectories: Sequence[Trajectory], shares: Sequence[list[int]], routes: Routes
 ) -> torch.Tensor:
-    """[N, layers, k] to replay in the forward over the packed `members`."""
+    """[N, layers, k] to replay in the forward over the packed `shares`."""
     blocks = moe_layers(model)
     parts = []
-    for index in members:
-        recorded, trajectory = routes.get(index), trajectories[index]
-        if recorded is None:
-            raise ValueError(
-                f"router.replay: the routes of response {index} (to prompt {trajectory.group} of this step) are "
-                "missing; what sampled it did not record them, so use a rollout that does, or router.replay=none"
-            )
-        num_tokens = len(trajectory.prompt_ids) + len(trajectory.response_ids)
-        parts.append(routes_of(recorded, num_tokens, len(blocks), blocks[0][1].top_k))
+    for share in shares:
+        for index in share:
+            recorded, trajectory = routes.get(index), trajectories[index]
+            if recorded is None:
+                raise ValueError(
+                    f"router.replay: the routes of response {index} (to prompt {trajectory.group} of this step) are "
+                    "missing; what sampled it did not record them, so use a rollout that does, or router.replay=none"
+                )
+            num_tokens = len(trajectory.prompt_ids) + len(trajectory.response_ids)
+            found = routes_of(recorded, num_tokens, len(blocks), blocks[0][1].top_k)
+            parts.append(found if index == share[0] else found[len(trajectory.prompt_ids) :])
     return torch.cat(parts).to(next(model.parameters()).device)
 
 
@@ -160,6 +193,9 @@ class TrainingEngine:
         num_training_steps: optimizer steps in all.
         micro_batch_tokens: the most tokens one forward may hold.
         temperature: of the rollouts, so that log-probs are those of the distribution sampled from.
+        share_prompts: whether a prompt is computed once for all responses to it that are in one forward; that changes
+            no log-prob, gradient or expert load. Attention other than our packed one knows no shared prompts: there
+            every response has its own.
     """
 
     def __init__(
@@ -170,7 +206,9 @@ class TrainingEngine:
         micro_batch_tokens: int,
         temperature: float = 1.0,
         offload_optimizer: bool = False,
+        share_prompts: bool = True,
     ) -> None:
+        self.share_prompts = share_prompts and model.config._attn_implementation == attention.IMPLEMENTATION
         self.model, self.micro_batch_tokens, self.temperature = model, micro_batch_tokens, temperature
         self.max_grad_norm = optim.max_grad_norm
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -181,15 +219,22 @@ class TrainingEngine:
     def learning_rate(self) -> float:
         return float(self.schedule.get_last_lr()[0])
 
-    def _micro_batches(self, trajectories: Sequence[Trajectory], members: Sequence[int]) -> list[list[int]]:
-        """The members of each forward; empty ones at the end where other processes have more forwards to do."""
-        lengths = [len(trajectories[i].prompt_ids) + len(trajectories[i].response_ids) for i in members]
-        batches = [[members[i] for i in group] for group in micro_batches(lengths, self.micro_batch_tokens)]
-        most = max(gather_objects(len(batches)))
+    def _micro_batches(
+        self, trajectories: Sequence[Trajectory], members: Sequence[int], routes: Routes | None
+    ) -> list[list[list[int]]]:
+        """The shares of each forward, forwards of nearly equal size; on every process as many, so that one that has
+        fewer tokens makes smaller ones, or empty ones at the end.
+        """
+        limit = self.micro_batch_tokens
+        shares = prompt_shares(trajectories, members, routes) if self.share_prompts else [[i] for i in members]
+        shares = [part for share in shares for part in _fitting(trajectories, share, limit)]
+        sizes = [_num_tokens(trajectories, share) for share in shares]
+        most = max(gather_objects(len(micro_batches(sizes, limit))))
+        batches = [[shares[i] for i in group] for group in micro_batches(sizes, limit, most)]
         return batches + [[]] * (most - len(batches))
 
-    def _forward(self, model: PreTrainedModel, trajectories: Sequence[Trajectory], members: list[int]) -> Any:
-        return response_scores(model, trajectories, members, self.temperature)
+    def _forward(self, model: PreTrainedModel, trajectories: Sequence[Trajectory], shares: Sequence[list[int]]) -> Any:
+        return response_scores(model, trajectories, shares, self.temperature)
 
     def _per_token(self, scores: Any) -> torch.Tensor:
         """[b, T] what `infer_batch` returns of each token."""
@@ -199,11 +244,11 @@ class TrainingEngine:
         return {"entropy": float(scores.entropy.mean())}
 
     def _replayed(
-        self, trajectories: Sequence[Trajectory], members: list[int], routes: Routes | None
+        self, trajectories: Sequence[Trajectory], shares: Sequence[list[int]], routes: Routes | None
     ) -> AbstractContextManager[RouteReplay | None]:
         if routes is None:
             return nullcontext()
-        return RouteReplay(self.model, _packed_routes(self.model, trajectories, members, routes))
+        return RouteReplay(self.model, _packed_routes(self.model, trajectories, shares, routes))
 
     def infer_batch(
         self,
@@ -221,16 +266,16 @@ class TrainingEngine:
         """
         found: dict[int, torch.Tensor] = {}
         with torch.no_grad():
-            for batch in self._micro_batches(trajectories, members):
+            for batch in self._micro_batches(trajectories, members, routes):
                 if not batch:
-                    self._forward(model or self.model, [_NOTHING], [0])
+                    self._forward(model or self.model, [_NOTHING], [[0]])
                     continue
                 recording = nullcontext() if record is None else record_routes(self.model)
                 with self._replayed(trajectories, batch, routes), recording as recorded:
                     scores = self._forward(model or self.model, trajectories, batch)
                 if record is not None and recorded is not None:
                     record.update(_split_routes(recorded.take(), scores))
-                for row, index in enumerate(batch):
+                for row, index in enumerate(scores.members):
                     found[index] = self._per_token(scores)[row, : len(trajectories[index].response_ids)]
         reshard(model or self.model)
         return found
@@ -276,13 +321,13 @@ class TrainingEngine:
         """The gradients of a step, added to those that are there; arguments and metrics as of `train_batch`."""
         self.model.train()
         means, total_loss = TokenMeans(), 0.0
-        batches = self._micro_batches(trajectories, members)
+        batches = self._micro_batches(trajectories, members, routes)
         for number, batch in enumerate(batches):
             accumulating = is_sharded(self.model) and number + 1 < len(batches)
             with no_gradient_sync(self.model) if accumulating else nullcontext():
                 if not batch:
                     with idle():
-                        nothing = self._per_token(self._forward(self.model, [_NOTHING], [0])).sum() * 0
+                        nothing = self._per_token(self._forward(self.model, [_NOTHING], [[0]])).sum() * 0
                     nothing.backward()
                     continue
                 with self._replayed(trajectories, batch, routes) as replay:
@@ -368,8 +413,8 @@ class CriticEngine(TrainingEngine):
     `ResponseValues`.
     """
 
-    def _forward(self, model: PreTrainedModel, trajectories: Sequence[Trajectory], members: list[int]) -> Any:
-        return response_values(model, trajectories, members)
+    def _forward(self, model: PreTrainedModel, trajectories: Sequence[Trajectory], shares: Sequence[list[int]]) -> Any:
+        return response_values(model, trajectories, shares)
 
     def _per_token(self, scores: Any) -> torch.Tensor:
         return scores.values
@@ -378,12 +423,25 @@ class CriticEngine(TrainingEngine):
         return {}
 
 
+def _num_tokens(trajectories: Sequence[Trajectory], share: list[int]) -> int:
+    return len(trajectories[share[0]].prompt_ids) + sum(len(trajectories[i].response_ids) for i in share)
+
+
+def _fitting(trajectories: Sequence[Trajectory], share: list[int], max_tokens: int) -> list[list[int]]:
+    """The share, or where that is too large for a forward parts of it, each of which has the prompt once."""
+    if _num_tokens(trajectories, share) <= max_tokens:
+        return [share]
+    room = max(max_tokens - len(trajectories[share[0]].prompt_ids), 1)
+    parts = micro_batches([len(trajectories[i].response_ids) for i in share], room)
+    return [[share[i] for i in sorted(part)] for part in parts]
+
+
 def _split_routes(routes: torch.Tensor, scores: Any) -> dict[int, bytes | None]:
     """Routes [N, layers, k] of a packed forward as those of its members, without each one's last token."""
-    spans = zip(scores.boundaries, scores.boundaries[1:], strict=False)
+    routes = routes.cpu()
     return {
-        index: routes[start : end - 1].cpu().numpy().tobytes()
-        for index, (start, end) in zip(scores.members, spans, strict=True)
+        index: routes[places[:-1].cpu()].numpy().tobytes()
+        for index, places in zip(scores.members, scores.places, strict=True)
     }
 
 

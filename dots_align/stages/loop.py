@@ -148,6 +148,7 @@ class RlLoop:
             train.micro_batch_tokens,
             rollout.temperature,
             recipe.parallel.offload_optimizer,
+            train.share_prompts,
         )
         self.rewards = rewards
         self.monitor, self.balance, self.bias = watch_router(policy, recipe.router)
@@ -170,6 +171,7 @@ class RlLoop:
             train.max_steps * train.num_minibatches * train.num_epochs,
             train.micro_batch_tokens,
             offload_optimizer=recipe.parallel.offload_optimizer,
+            share_prompts=train.share_prompts,
         )
         return CriticUpdate(recipe.critic, train, engine)
 

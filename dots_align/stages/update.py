@@ -318,7 +318,7 @@ class Observed:
         (routes,), (gaps,) = recorded.routes, recorded.gaps
         for row, index in enumerate(scores.members):
             trajectory = self.batch.trajectories[index]
-            span = slice(scores.boundaries[row], scores.boundaries[row + 1])
+            span = scores.places[row]
             # A back end that tells no routes has to answer for every difference.
             same = routes[span][:-1].cpu().numpy().tobytes()
             flips = find_flips(routes[span], gaps[span], same if trajectory.routes is None else trajectory.routes)

@@ -49,14 +49,44 @@ def test_equals_softmax_attention_of_each_sequence(attend, lengths: list[int], s
         torch.testing.assert_close(result, exact, atol=1e-12, rtol=0)
 
 
+def continued_attention(q, k, v, lengths: list[int], prefixes: list[int], scaling: float) -> torch.Tensor:
+    """Of each segment behind the one it continues, as a sequence by itself."""
+    parts = [x.split(lengths) for x in (q, k, v)]
+    attended = []
+    for number, prefix in enumerate(prefixes):
+        chain = [number] if prefix < 0 else [prefix, number]
+        whole = [torch.cat([part[i] for i in chain]) for part in parts]
+        attended.append(softmax_attention(*whole, [len(whole[0])], scaling)[-lengths[number] :])
+    return torch.cat(attended)
+
+
+@pytest.mark.parametrize("attend", [packed_causal_attention, _in_buckets])
+@given(
+    groups=st.lists(st.lists(st.integers(1, 20), min_size=1, max_size=4), min_size=1, max_size=4),
+    seed=st.integers(0, 2**31),
+)
+def test_segments_see_the_whole_of_what_they_continue(attend, groups: list[list[int]], seed: int) -> None:
+    """The first of a group is continued by the others."""
+    lengths, prefixes = [], []
+    for first, *others in groups:
+        prefixes += [-1] + [len(prefixes)] * len(others)
+        lengths += [first, *others]
+    inputs, grad, boundaries = packed_sequences(lengths, seed, torch.float64)
+    found = attend(*inputs, boundaries, 0.3, prefixes=torch.tensor(prefixes))
+    wanted = continued_attention(*inputs, lengths, prefixes, 0.3)
+    torch.testing.assert_close(found, wanted, atol=1e-12, rtol=0)
+    for result, exact in zip(*(torch.autograd.grad(out, inputs, grad) for out in (found, wanted)), strict=True):
+        torch.testing.assert_close(result, exact, atol=1e-12, rtol=0)
+
+
 def test_bf16_is_computed_in_fp32() -> None:
     """What is lost is the rounding of the results, and in backward that of the output."""
-    lengths = [150, 3, 90]
+    lengths, prefixes = [150, 3, 90, 60], [-1, -1, -1, 2]
     inputs, grad, boundaries = packed_sequences(lengths, 0, torch.bfloat16, dim=32)
-    found = packed_causal_attention(*inputs, boundaries, 0.2)
+    found = packed_causal_attention(*inputs, boundaries, 0.2, prefixes=torch.tensor(prefixes))
     found = [found, *torch.autograd.grad(found, inputs, grad)]
     exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
-    exact = softmax_attention(*exact_inputs, lengths, 0.2)
+    exact = continued_attention(*exact_inputs, lengths, prefixes, 0.2)
     exact = [exact, *torch.autograd.grad(exact, exact_inputs, grad.double())]
     assert all(result.dtype == torch.bfloat16 for result in found)
     for result, wanted in zip(found, exact, strict=True):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,13 @@ from safetensors.torch import load_file
 from transformers import Dots1ForCausalLM, PreTrainedTokenizerFast
 
 from dots_align.checkpoint import save_model
-from dots_align.config import OptimSection
+from dots_align.config import LoraSection, OptimSection
+from dots_align.model.balance import BalanceLoss
 from dots_align.model.dots1 import load_base_model
-from dots_align.model.training import ResponseScores, TrainingEngine, response_scores
+from dots_align.model.experts import IMPLEMENTATION
+from dots_align.model.lora import add_adapter
+from dots_align.model.router import LoadMonitor, moe_layers
+from dots_align.model.training import ResponseScores, TrainingEngine, prompt_shares, response_scores
 from dots_align.types import Trajectory
 
 # A large epsilon keeps Adam from blowing the rounding of vanishing gradients up to whole steps.
@@ -148,11 +153,11 @@ def test_infer_batch_of_a_reference_uses_the_reference(model: Dots1ForCausalLM, 
 
 
 def test_scores_are_zero_where_a_response_has_no_token(model: Dots1ForCausalLM, trajectories: list[Trajectory]) -> None:
-    scores = response_scores(model, trajectories, [2, 1], 1.0)
+    scores = response_scores(model, trajectories, [[2], [1]], 1.0)
     assert scores.mask.tolist() == [[1.0] * 12, [1.0] + [0.0] * 11]
     assert scores.logprobs[1, 1:].tolist() == [0.0] * 11
     assert scores.logprobs[1, 0] < 0
-    assert scores.boundaries == [0, 16, 26]
+    assert [places.tolist() for places in scores.places] == [list(range(16)), list(range(16, 26))]
     assert len(scores.entropy) == 13
 
 
@@ -183,7 +188,7 @@ def test_the_observer_sees_every_trajectory_and_cannot_change_the_step(
 
     def observe(scores, recorded) -> None:
         (routes,), (gaps,) = recorded.routes, recorded.gaps
-        assert len(routes) == len(gaps) == scores.boundaries[-1]
+        assert len(routes) == len(gaps) == sum(map(len, scores.places))
         seen.extend(scores.members)
 
     watched, plain = engine(model, 40), engine(copy.deepcopy(model), 40)
@@ -193,3 +198,106 @@ def test_the_observer_sees_every_trajectory_and_cannot_change_the_step(
         assert found == plain.train_batch(trajectories, members, grpo_like(trajectories))
     assert sorted(seen) == sorted([*members, *members])
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.model.parameters(), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------------- shared prompts
+
+
+@pytest.fixture
+def grouped(token_ids, loaded_model: Dots1ForCausalLM) -> list[Trajectory]:
+    """3 groups of 4, 1 and 3 responses, some of one token, in no order, with routes no router here would choose."""
+    prompts = token_ids(9, 1, 17, seed=3)
+    answers = token_ids(7, 1, 12, 3, 20, 5, 1, 9, seed=4)
+    layers, k = len(moe_layers(loaded_model)), loaded_model.config.num_experts_per_tok
+    groups, trajectories = [0, 2, 0, 1, 2, 0, 2, 0], []
+    for number, (group, answer) in enumerate(zip(groups, answers, strict=True)):
+        tokens = len(prompts[group]) + len(answer) - 1
+        random = torch.rand(tokens, layers, 16, generator=torch.Generator().manual_seed(number))
+        of_prompt = torch.rand(len(prompts[group]), layers, 16, generator=torch.Generator().manual_seed(50 + group))
+        random[: len(prompts[group])] = of_prompt
+        routes = random.argsort(-1)[..., :k].to(torch.uint8).numpy().tobytes()
+        reward = float(number % 3 == 0)
+        trajectories.append(Trajectory(prompts[group], answer, [-1.0] * len(answer), group, reward, routes))
+    return trajectories
+
+
+VARIANTS: dict[str, Callable[[Dots1ForCausalLM], Any]] = {
+    "plain": lambda model: model,
+    "checkpointed": lambda model: model.gradient_checkpointing_enable({"use_reentrant": False}) or model,
+    "lora": lambda model: add_adapter(
+        model,
+        LoraSection(r=4, target_modules=("q_proj", "k_proj", "v_proj"), target_parameters=("mlp.experts.down_proj",)),
+        "base",
+    ),
+}
+
+
+def gradients_of(
+    model: Any, grouped: list[Trajectory], limit: int, shared: bool, replay: bool = False
+) -> tuple[dict[str, torch.Tensor], dict[int, torch.Tensor], dict[int, bytes | None], torch.Tensor]:
+    """Gradients of an optimizer step with a balance loss, log-probs beforehand, recorded routes, expert loads."""
+    monitor, balance = LoadMonitor(model), BalanceLoss(model, 0.5)
+    balance.scale = 1 / len(grouped)
+    trained = TrainingEngine(model, OPTIM, 10, limit, 0.7, share_prompts=shared)
+    members = range(len(grouped))
+    routes = {i: t.routes for i, t in enumerate(grouped)} if replay else None
+    recorded: dict[int, bytes | None] = {}
+    logprobs = trained.infer_batch(grouped, members, routes=routes, record=recorded)
+    trained.forward_backward_batch(grouped, members, grpo_like(grouped), routes=routes)
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return found, logprobs, recorded, monitor.slots()
+
+
+@pytest.mark.parametrize("replay", [False, True], ids=["own routes", "replayed"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_sharing_prompts_changes_no_number(
+    model: Dots1ForCausalLM, grouped: list[Trajectory], variant: str, replay: bool
+) -> None:
+    torch.manual_seed(0)  # of a fresh adapter
+    model.set_experts_implementation(IMPLEMENTATION)
+    model = VARIANTS[variant](model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    # Each as it is; then whole groups a forward; then the largest group cut, its prompt in each part.
+    wanted, *others = (
+        gradients_of(copy.deepcopy(model), grouped, limit, shared, replay)
+        for limit, shared in ((10_000, False), (10_000, True), (60, True), (25, True), (1, True))
+    )
+    assert max(float(g.abs().max()) for g in wanted[0].values()) > 1e-2
+    for gradients, logprobs, routes, loads in others:
+        assert gradients.keys() == wanted[0].keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, wanted[0][name], atol=1e-5, rtol=1e-5, msg=name)
+        for index, row in logprobs.items():
+            torch.testing.assert_close(row, wanted[1][index], atol=1e-5, rtol=0)
+        assert routes == wanted[2]
+        assert torch.equal(loads, wanted[3])
+    if replay:
+        assert wanted[2] == {i: t.routes for i, t in enumerate(grouped)}
+
+
+def test_a_prompt_is_computed_once_for_its_group(model: Dots1ForCausalLM, grouped: list[Trajectory]) -> None:
+    tokens = []
+    model.model.register_forward_pre_hook(lambda *call: tokens.append(call[2]["input_ids"].shape[1]), with_kwargs=True)
+    engine(model).infer_batch(grouped, range(8))
+    assert tokens == [9 + 1 + 17 + sum(len(t.response_ids) for t in grouped)]
+
+
+def test_attention_that_knows_no_shared_prompts_gets_none(model_dir: Path, grouped: list[Trajectory]) -> None:
+    found, wanted = (
+        engine(load_base_model(model_dir, "float32", name, "grouped")).infer_batch(grouped, range(8))
+        for name in ("sdpa", "packed")
+    )
+    for index, row in found.items():
+        torch.testing.assert_close(row, wanted[index], atol=1e-5, rtol=0)
+
+
+def test_prompts_read_along_other_routes_are_not_shared(grouped: list[Trajectory]) -> None:
+    routes: dict[int, bytes | None] = {i: t.routes for i, t in enumerate(grouped)}
+    assert prompt_shares(grouped, range(8), routes) == [[0, 2, 5, 7], [1, 4, 6], [3]]
+    changed = bytearray(grouped[5].routes or b"")
+    changed[0] = (changed[0] + 1) % 16
+    assert prompt_shares(grouped, range(8), routes | {5: bytes(changed)}) == [[0, 2, 7], [1, 4, 6], [3], [5]]
+    assert prompt_shares(grouped, range(8)) == [[0, 2, 5, 7], [1, 4, 6], [3]]
