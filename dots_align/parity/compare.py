@@ -13,6 +13,8 @@ from dots_align.parity.observation import EXACT, Asked, Observation, Question, l
 
 # In fp32, of any logit (or log-prob) before which all chose the same experts; what remains is the order of sums.
 TOLERANCE = 1e-4
+# Rounding is relative: beyond this size of the largest logit more is allowed.
+LARGE_LOGIT = 10.0
 # Two experts whose scores are closer may change places by rounding.
 TIE = 1e-5
 # Of the median over all tokens of |difference of log-prob| where weights are rounded: measured on random models of the
@@ -20,8 +22,13 @@ TIE = 1e-5
 ROUNDED = {"F16": 0.01, "BF16": 0.04, "Q8_0": 0.06, "Q6_K": 0.15, "Q5_K_M": 0.3, "Q4_K_M": 0.5}
 
 
-def tolerance_of(precision: str) -> float:
-    return TOLERANCE if precision == EXACT else ROUNDED.get(precision, max(ROUNDED.values()))
+def tolerance_of(precision: str, reference: Observation | None = None) -> float:
+    """What rounding may do; of EXACT engines to the largest difference, of others to the median of log-probs."""
+    if precision != EXACT:
+        return ROUNDED.get(precision, max(ROUNDED.values()))
+    logits = (reference.logits if reference is not None else None) or []
+    largest = max((float(x.abs().max()) for x in logits), default=0.0)
+    return TOLERANCE * max(1.0, largest / LARGE_LOGIT)
 
 
 @dataclass
@@ -130,7 +137,7 @@ def _compare_numbers(
     row.mean_difference, row.median_difference = float(every.mean()), float(every.median())
     if found.logits is not None:
         row.top1_agreement = _top1(reference.logits, found.logits, clean)
-    allowed = tolerance_of(row.precision)
+    allowed = tolerance_of(row.precision, reference)
     exact = row.precision == EXACT
     seen = row.max_difference if exact else _median_logprob(asked, reference, found)
     # Where most tokens went to other experts, those that did not prove nothing.

@@ -40,23 +40,32 @@ def load(directory: str, device: str) -> tuple[Any, Any, list[str]]:
     return model.to(device).eval(), tokenizer, problems
 
 
-def watch_routes(model: Any) -> list[torch.Tensor]:
-    """A list that grows by [T, k], the experts chosen, with every MoE layer of a forward."""
-    seen: list[torch.Tensor] = []
+class Routes:
+    """Collects the experts chosen by each MoE layer of a forward: as the experts are told (transformers 5), or where
+    they are not, as the gate says (transformers 4).
+    """
 
-    def from_gate(_module: Any, _arguments: Any, output: Any) -> None:
-        if isinstance(output, tuple):  # transformers 4: the gate chooses
-            seen.append(next(part for part in output if not part.is_floating_point()))
+    def __init__(self, model: Any) -> None:
+        self.told: list[torch.Tensor] = []
+        self.said: list[torch.Tensor] = []
+        for block in model.modules():
+            if hasattr(block, "gate") and hasattr(block, "experts"):
+                block.gate.register_forward_hook(self._from_gate)
+                block.experts.register_forward_pre_hook(self._from_experts)
 
-    def from_experts(_module: Any, arguments: tuple[Any, ...]) -> None:
-        if len(arguments) > 1:  # transformers 5: they are told
-            seen.append(arguments[1])
+    def _from_gate(self, _module: Any, _arguments: Any, output: Any) -> None:
+        if isinstance(output, tuple):
+            self.said += [part for part in output if not part.is_floating_point()]
 
-    for block in model.modules():
-        if hasattr(block, "gate") and hasattr(block, "experts"):
-            block.gate.register_forward_hook(from_gate)
-            block.experts.register_forward_pre_hook(from_experts)
-    return seen
+    def _from_experts(self, _module: Any, arguments: tuple[Any, ...]) -> None:
+        if len(arguments) > 1:
+            self.told.append(arguments[1])
+
+    def take(self) -> np.ndarray | None:
+        """[T, layers, k] uint8 of the forward since the last call; None if no layer showed its choice."""
+        chosen = self.told or self.said
+        self.told, self.said = [], []
+        return torch.stack(chosen, 1).cpu().numpy().astype(np.uint8) if chosen else None
 
 
 def rendered(tokenizer: Any, question: dict[str, Any]) -> list[int] | None:
@@ -87,13 +96,12 @@ def main() -> None:
     request = json.load(sys.stdin)
     model, tokenizer, problems = load(request["directory"], request["device"])
     questions, arrays = request["questions"], {}
-    seen = watch_routes(model)
+    routes = Routes(model)
     for number, question in enumerate(questions):
-        seen.clear()
         ids = torch.tensor([question["ids"]], device=model.device)
         arrays[f"logits{number}"] = model(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
-        if seen:
-            arrays[f"routes{number}"] = torch.stack(seen, 1).cpu().numpy().astype(np.uint8)
+        if (chosen := routes.take()) is not None:
+            arrays[f"routes{number}"] = chosen
     np.savez(request["output"], **arrays)
     eos = model.generation_config.eos_token_id
     result = {
