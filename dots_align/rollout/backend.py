@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from dots_align.config import RolloutSection
-from dots_align.rollout.engine import RolloutEngine
+from dots_align.rollout.engine import Failed, RolloutEngine
+from dots_align.rollout.scheduler import Finished
 from dots_align.rollout.sync import Certificate, Manifest, WeightStream, manifest, stream
 from dots_align.rollout.vllm import VllmBackend
 from dots_align.types import GenerationRequest, Sample
@@ -25,6 +26,15 @@ class RolloutBackend(Protocol):
 
         Raises:
             ValueError: a request is impossible here; or the weights are not those of the last update.
+        """
+        ...
+
+    def stream(self, requests: list[GenerationRequest], return_routes: bool = False) -> Iterator[Finished | Failed]:
+        """The samples of requests as they end, numbered by their place in the list; of a sharded model all processes
+        read to the end.
+
+        Raises:
+            ValueError: as `generate`, unless an event says which request cannot be done.
         """
         ...
 

@@ -20,6 +20,7 @@ from packaging.version import InvalidVersion, Version
 from dots_align.config import VllmSection
 from dots_align.model.sharded_io import as_hub
 from dots_align.rollout.canary import TOLERANCES, Canary
+from dots_align.rollout.scheduler import Finished
 from dots_align.rollout.sync import Manifest, WeightStream
 from dots_align.runtime import gather_objects, is_main_process
 from dots_align.types import GenerationRequest, Sample, SamplingParams
@@ -121,20 +122,26 @@ class VllmBackend:
             ValueError: something is asked for that a vLLM server cannot do; a request is impossible; the weights are
             not the trainer's.
         """
+        found: list[list[Sample]] = [[] for _ in requests]
+        for event in self.stream(requests, return_routes):
+            found[event.request].append(event.sample)
+            if on_finished is not None:
+                on_finished(1)
+        return found
+
+    def stream(self, requests: list[GenerationRequest], return_routes: bool = False) -> Iterator[Finished]:
+        """As `RolloutBackend.stream`; the samples of a request come together."""
         if self.refusal is not None:
             raise ValueError(f"not generating: {self.refusal}; send the weights again")
         if return_routes:
             raise ValueError("a vLLM server does not tell the experts it chose (return_routes); use the local engine")
         for number, request in enumerate(requests):
             self._check(number, request)
-        found: list[list[Sample]] = [[] for _ in requests]
         with ThreadPoolExecutor(self.section.max_concurrent_requests) as pool:
             futures = {pool.submit(self._samples, n, request): n for n, request in enumerate(requests)}
             for future in as_completed(futures):
-                found[futures[future]] = samples = future.result()
-                if on_finished is not None:
-                    on_finished(len(samples))
-        return found
+                for index, sample in enumerate(future.result()):
+                    yield Finished(futures[future], index, sample)
 
     def _check(self, number: int, request: GenerationRequest) -> None:
         if request.started:

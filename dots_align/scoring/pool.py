@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import multiprocessing
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -22,6 +22,8 @@ GRACE_SECONDS = 5.0
 START_SECONDS = 120.0  # a reward function's module may import much
 EXIT_SECONDS = 1.0  # between closing its connection and being gone
 NOT_READY = "NotReady"
+Keep = Callable[[int, float | Failure], Any]
+"""Takes the value of the response of a number."""
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,9 @@ class ScoringPool:
     Args:
         functions: their names, as in a recipe, and keyword arguments.
         num_workers: most processes at a time; they are started when there is work for them.
+
+    Attributes:
+        busy_seconds: how long its processes have been at work, all together.
     """
 
     def __init__(self, functions: Sequence[tuple[str, dict[str, Any]]], num_workers: int) -> None:
@@ -92,10 +97,21 @@ class ScoringPool:
         self._local = threading.local()
         self._workers: set[_Worker] = set()
         self._closed = False
+        self.busy_seconds, self._lock = 0.0, threading.Lock()
+        self._not_ready: Failure | None = None
 
-    def run(self, jobs: Sequence[Job]) -> list[list[float | Failure]]:
-        """For each job the value of each response, whatever the order in which they were done."""
-        return list(self._threads.map(self._run, jobs))
+    def submit(self, job: Job) -> Future[list[float | Failure]]:
+        """Puts a job in line; what comes of it is the value of each response."""
+        try:
+            return self._threads.submit(self._run, job)
+        except RuntimeError:  # closed meanwhile
+            refused: Future[list[float | Failure]] = Future()
+            refused.set_result(self._run(job))
+            return refused
+
+    def try_again(self) -> None:
+        """Starts processes again after one could not load the reward functions; till then all jobs fail like that."""
+        self._not_ready = None
 
     def close(self) -> None:
         """Ends all processes; one that is still at work too."""
@@ -109,7 +125,9 @@ class ScoringPool:
         found: list[float | Failure | None] = [None] * len(job.responses)
         while not self._closed and (missing := [i for i, value in enumerate(found) if value is None]):
             rest = Job(job.number, [job.responses[i] for i in missing], job.seconds, job.at_once)
-            failure = self._collect(rest, lambda index, value, at=missing: found.__setitem__(at[index], value))
+            failure = self._not_ready or self._collect(
+                rest, lambda index, value, at=missing: found.__setitem__(at[index], value)
+            )
             if failure is not None:
                 left = [i for i in missing if found[i] is None]
                 # One after the other, the next one is to blame; of many at once, nobody knows.
@@ -117,14 +135,16 @@ class ScoringPool:
                     found[index] = failure
         return [Failure("Closed", "the scoring processes were ended") if value is None else value for value in found]
 
-    def _collect(self, job: Job, keep: Callable[[int, float | Failure], Any]) -> Failure | None:
+    def _collect(self, job: Job, keep: Keep) -> Failure | None:
         """Keeps answers until all are there; else says why the process is no more."""
         worker = self._worker()
         waiting = job.seconds
         if job.at_once:  # it keeps the time of each response itself, unless it blocks its loop
             waiting = job.seconds * math.ceil(len(job.responses) / job.at_once) + GRACE_SECONDS
+        started = None
         try:
             worker.start(job)
+            started = time.monotonic()
             for _ in job.responses:
                 answer = worker.next_answer(waiting)
                 if answer is None:
@@ -133,9 +153,16 @@ class ScoringPool:
                 keep(*answer)
         except _NotReadyError:
             status = self._end(worker, EXIT_SECONDS)
-            return Failure(NOT_READY, f"the scoring process could not load it (exit status {status}); see its output")
+            self._not_ready = Failure(
+                NOT_READY, f"the scoring process could not load it (exit status {status}); see its output"
+            )
+            return self._not_ready
         except (EOFError, OSError):
             return Failure("Crash", f"ended its process (exit status {self._end(worker, EXIT_SECONDS)})")
+        finally:
+            if started is not None:
+                with self._lock:
+                    self.busy_seconds += time.monotonic() - started
         return None
 
     def _worker(self) -> _Worker:
@@ -150,11 +177,40 @@ class ScoringPool:
         return worker.end(patience)
 
 
-def split(
-    number: int, function: Callable[..., Any], responses: list[Response], seconds: float, at_once: int, parts: int
-) -> list[Job]:
-    """Jobs for one function: a few for each process, so that slow responses spread; an `async` one stays whole."""
-    if inspect.iscoroutinefunction(function):
-        return [Job(number, responses, seconds, at_once)]
-    size = max(math.ceil(len(responses) / parts), 1)
-    return [Job(number, responses[i : i + size], seconds, 0) for i in range(0, len(responses), size)]
+class AsyncLine:
+    """The responses that an `async` function has yet to see: one job at a time, so that no more are in work than it
+    allows; whatever has come by the time that one is done makes the next.
+    """
+
+    def __init__(self, pool: ScoringPool, number: int, seconds: float, at_once: int) -> None:
+        self._pool, self._number, self._seconds, self._at_once = pool, number, seconds, at_once
+        self._waiting: list[Response] = []
+        self._found: list[float | Failure] = []
+        self._running = False
+        self._changed = threading.Condition()
+
+    def add(self, responses: Sequence[Response]) -> None:
+        with self._changed:
+            self._waiting += responses
+            self._start()
+
+    def results(self) -> list[float | Failure]:
+        """The values of all responses, in the order they were added, when the last is there."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._running)
+            return self._found
+
+    def _start(self) -> None:
+        """Begins the next job, if there is one and none runs; the lock, which a thread may take twice, is held."""
+        if self._running or not self._waiting:
+            return
+        job, self._waiting = Job(self._number, self._waiting, self._seconds, self._at_once), []
+        self._running = True
+        self._pool.submit(job).add_done_callback(self._take)
+
+    def _take(self, done: Future[list[float | Failure]]) -> None:
+        with self._changed:
+            self._found += done.result()
+            self._running = False
+            self._start()
+            self._changed.notify_all()

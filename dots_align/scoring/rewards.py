@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any
 
 from dots_align.config import RewardSection, reward_names
 from dots_align.scoring.functions import ModelLoader, load_reward, takes_many
-from dots_align.scoring.pool import ScoringPool, split
+from dots_align.scoring.pool import AsyncLine, Job, ScoringPool
 from dots_align.scoring.worker import Failure, score
 from dots_align.types import Response
 
 # As dots_align.runtime's, without its imports: scoring processes pass through here.
 logger = logging.getLogger("dots_align")
 
-JOBS_PER_WORKER = 4
+Score = tuple[float, dict[str, float]]
+"""The sum, and each function's own value (of those behind closed gates too)."""
 
 
 class RewardSum:
@@ -53,16 +57,23 @@ class RewardSum:
         self.num_errors = 0
         self._reported: set[str] = set()
 
-    def __call__(self, response: Response) -> tuple[float, dict[str, float]]:
-        """The sum, and each function's own value."""
+    def __call__(self, response: Response) -> Score:
         return self.score([response])[0]
 
-    def score(self, responses: Sequence[Response]) -> list[tuple[float, dict[str, float]]]:
-        """For each response, in order, the sum and each function's own value (of those behind closed gates too)."""
-        answers = self._answers(list(responses))
-        for name, row in answers.items():
-            self._note_failures(name, row, responses)
-        return [self._sum({name: row[index] for name, row in answers.items()}) for index in range(len(responses))]
+    def score(self, responses: Sequence[Response]) -> list[Score]:
+        """For each response, in order, the sum and each function's own value."""
+        scoring = self.begin()
+        scoring.add(responses)
+        return scoring.results()
+
+    def begin(self) -> Scoring:
+        """For responses that come one by one: each is in work from the moment it is there."""
+        return Scoring(self)
+
+    @property
+    def busy_seconds(self) -> float:
+        """How long the scoring processes have been at work, all together."""
+        return self._pool.busy_seconds
 
     def close(self) -> None:
         """Ends the scoring processes."""
@@ -74,23 +85,27 @@ class RewardSum:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _answers(self, responses: list[Response]) -> dict[str, list[float | Failure]]:
-        jobs, owners = [], []
-        parts = JOBS_PER_WORKER * self._pool.num_workers
-        found: dict[str, list[float | Failure]] = {name: [] for name in self._rewards}
+    def lines(self) -> dict[str, Line]:
+        """By each reward's name the place where a batch of responses gets in line for it."""
+        self._pool.try_again()
+        found: dict[str, Line] = {}
         for number, (name, reward) in enumerate(self._rewards.items()):
             function, seconds, at_once = self._functions[number], reward.timeout_seconds, reward.max_concurrency
             if reward.run_in == "trainer":
-                row = found[name] = [0.0] * len(responses)
-                score(function, responses, seconds, at_once, row.__setitem__)
+                found[name] = _OwnLine(function, seconds, at_once)
+            elif inspect.iscoroutinefunction(function):
+                found[name] = AsyncLine(self._pool, number, seconds, at_once)
             else:
-                new = split(number, function, responses, seconds, at_once, parts)
-                jobs, owners = jobs + new, owners + [name] * len(new)
-        for name, values in zip(owners, self._pool.run(jobs), strict=True):
-            found[name] += values
+                found[name] = _WorkerLine(self._pool, number, seconds)
         return found
 
-    def _sum(self, answers: dict[str, float | Failure]) -> tuple[float, dict[str, float]]:
+    def totals(self, responses: Sequence[Response], answers: dict[str, list[float | Failure]]) -> list[Score]:
+        """Adds up what each function said of each response; failures are counted."""
+        for name, row in answers.items():
+            self._note_failures(name, row, responses)
+        return [self._sum({name: row[index] for name, row in answers.items()}) for index in range(len(responses))]
+
+    def _sum(self, answers: dict[str, float | Failure]) -> Score:
         values = {name: 0.0 if isinstance(answer, Failure) else answer for name, answer in answers.items()}
         total = 0.0
         for name, reward in self._rewards.items():
@@ -114,6 +129,57 @@ class RewardSum:
                 failure.message,
                 failure.traceback,
             )
+
+
+class Scoring:
+    """Responses that are scored while more of them come."""
+
+    def __init__(self, rewards: RewardSum) -> None:
+        self._rewards, self._lines = rewards, rewards.lines()
+        self._responses: list[Response] = []
+
+    def add(self, responses: Sequence[Response]) -> None:
+        """Functions that run in processes of their own begin at once; those that run here wait for `results`."""
+        self._responses += responses
+        for line in self._lines.values():
+            line.add(responses)
+
+    def results(self) -> list[Score]:
+        """Waits for the last one. For each response, in the order they were added, its score."""
+        return self._rewards.totals(self._responses, {name: line.results() for name, line in self._lines.items()})
+
+
+class _WorkerLine:
+    """A function in the scoring processes: a job for each response, so that slow ones spread."""
+
+    def __init__(self, pool: ScoringPool, number: int, seconds: float) -> None:
+        self._pool, self._number, self._seconds = pool, number, seconds
+        self._jobs: list[Future[list[float | Failure]]] = []
+
+    def add(self, responses: Sequence[Response]) -> None:
+        self._jobs += [self._pool.submit(Job(self._number, [response], self._seconds, 0)) for response in responses]
+
+    def results(self) -> list[float | Failure]:
+        return [value for job in self._jobs for value in job.result()]
+
+
+class _OwnLine:
+    """A function that runs in this process, all responses one after the other."""
+
+    def __init__(self, function: Callable[..., Any], seconds: float, at_once: int) -> None:
+        self._function, self._seconds, self._at_once = function, seconds, at_once
+        self._responses: list[Response] = []
+
+    def add(self, responses: Sequence[Response]) -> None:
+        self._responses += responses
+
+    def results(self) -> list[float | Failure]:
+        found: list[float | Failure] = [0.0] * len(self._responses)
+        score(self._function, self._responses, self._seconds, self._at_once, found.__setitem__)
+        return found
+
+
+Line = AsyncLine | _WorkerLine | _OwnLine
 
 
 def default_workers() -> int:

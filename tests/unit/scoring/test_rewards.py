@@ -223,6 +223,28 @@ def test_async_functions_run_as_many_at_once_as_told(rewards, mine: str) -> None
     assert max(values) == 3
 
 
+@pytest.mark.parametrize("keys", [{}, {"run_in": "trainer"}])
+def test_responses_that_come_one_by_one_score_as_all_together(rewards, mine: str, keys: dict) -> None:
+    sections = [RewardSection(function=f"{mine}:{name}", **keys) for name in ("length", "how_many_at_once")]
+    made, texts = rewards(*sections, num_workers=2), ["", "a", "abc", "ab", "abcd", "abcde"]
+    scoring = made.begin()
+    for text in texts:
+        scoring.add([response(text)])
+    assert [values["length"] for _, values in scoring.results()] == [len(text) / 10 for text in texts]
+    assert (made.busy_seconds > 0) is not bool(keys)
+
+
+def test_closing_ends_what_is_still_in_line(rewards, mine: str) -> None:
+    made = rewards(RewardSection(function=f"{mine}:how_many_at_once"), ("sleeps", 1.0), num_workers=1)
+    scoring = made.begin()
+    for _ in range(3):
+        scoring.add([response("20")])
+    made.close()
+    assert [values["sleeps"] for _, values in scoring.results()] == [0.0] * 3
+    scoring.add([response("20")])  # and what comes after it
+    assert [total for total, _ in scoring.results()][3:] == [0.0]
+
+
 def test_results_come_in_the_order_of_the_responses(rewards) -> None:
     texts = [f"0.{n:02}" for n in random.Random(0).sample(range(10), 10)]
     found = rewards(("sleeps", 1.0), ("length", 0.0), num_workers=3).score([response(text) for text in texts])
