@@ -54,12 +54,12 @@ from dots_align.config import GrpoRecipe, ModelSection, load_recipe
 from dots_align.data.chat import as_dicts
 from dots_align.data.sources import load_prompts
 from dots_align.model.training import TrainingEngine
-from dots_align.rollout.engine import RolloutEngine
 from dots_align.runtime import setup_logging
-from dots_align.scoring import RewardSum
+from dots_align.scoring import Scoring
 from dots_align.scoring.functions import load_function
 from dots_align.stages import grpo, sft
-from dots_align.stages.loop import PromptSampler, RlLoop
+from dots_align.stages.loop import RlLoop
+from dots_align.stages.rollouts import Collector, PromptSampler
 from dots_align.types import Message, Prompt, Response
 
 PHASES = ("rollout", "score", "logprob", "update", "other")
@@ -183,8 +183,8 @@ def run_ours(task: Task, directory: Path) -> Side:
         return found
 
     methods: dict[str, tuple[type, Callable[[], str]]] = {
-        "generate": (RolloutEngine, always("rollout")),
-        "score": (RewardSum, always("score")),
+        "_advance": (Collector, always("rollout")),
+        "results": (Scoring, always("score")),
         "infer_batch": (TrainingEngine, always("logprob")),
         "train_batch": (TrainingEngine, always("update")),
     }

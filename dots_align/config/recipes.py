@@ -201,6 +201,20 @@ class VllmSection(Section):
     max_concurrent_requests: int = Field(default=64, ge=1)
 
 
+class PartialRolloutSection(Section):
+    """Rollouts that do not wait for the longest responses: a step ends its rollout when as many prompts as it wants are
+    done, keeps the rest as they stand, and later steps go on with them.
+    """
+
+    chunk_tokens: int = Field(
+        ge=1, description="by so many tokens all responses go on before it is seen whether enough prompts are done"
+    )
+    extra_prompts: int = Field(ge=1, description="prompts in work beyond train.num_prompts_per_step")
+    max_staleness: int = Field(
+        default=4, ge=1, description="a prompt is waited for rather than trained on more steps after it was begun"
+    )
+
+
 class RolloutSection(Section):
     """How the policy is sampled."""
 
@@ -219,6 +233,7 @@ class RolloutSection(Section):
         description="most memory of a process for keys and values; by default half of what is free",
     )
     prefill_chunk_tokens: int = Field(default=8192, ge=1, description="most prompt tokens of one forward")
+    partial: PartialRolloutSection | None = None
 
 
 class RlTrainSection(Section):
@@ -233,6 +248,9 @@ class RlTrainSection(Section):
     )
     share_prompts: bool = Field(
         default=True, description="compute a prompt once for all responses to it; never changes a number"
+    )
+    off_policy_steps: int = Field(
+        default=0, ge=0, le=1, description="1: a step's rollout is made while the step before trains, by older weights"
     )
     bf16: bool = False
     gradient_checkpointing: bool = False
@@ -403,6 +421,40 @@ class _RlRecipe(_StageRecipe):
             raise ValueError(
                 f"router.replay=R3 replays the rollout's routes, which rollout.backend={self.rollout.backend} does not "
                 "tell; use local, or router.replay=R2"
+            )
+        return self
+
+    @property
+    def samples_ahead(self) -> bool:
+        """Whether a step may train on what an older policy sampled."""
+        return self.rollout.partial is not None or self.train.off_policy_steps > 0
+
+    @model_validator(mode="after")
+    def _stale_samples_are_corrected(self):
+        partial, train = self.rollout.partial, self.train
+        if self.samples_ahead and not self.rollout_correction.active:
+            key = "rollout.partial" if partial else "train.off_policy_steps"
+            raise ValueError(
+                f"{key} trains on samples of an older policy, so it needs their weights corrected; give "
+                "rollout_correction.rollout_is=token, or another of rollout_correction"
+            )
+        if partial is None:
+            return self
+        if partial.extra_prompts > train.num_prompts_per_step:
+            raise ValueError(
+                f"rollout.partial.extra_prompts={partial.extra_prompts}: with more than train.num_prompts_per_step="
+                f"{train.num_prompts_per_step} nobody could keep to max_staleness"
+            )
+        if partial.max_staleness <= train.off_policy_steps:
+            raise ValueError(
+                f"rollout.partial.max_staleness={partial.max_staleness} leaves nothing to carry on when "
+                f"train.off_policy_steps={train.off_policy_steps} takes that much; give at least "
+                f"{train.off_policy_steps + 1}"
+            )
+        if self.rollout.backend != "local":
+            raise ValueError(
+                f"rollout.partial goes on with samples begun earlier, which rollout.backend={self.rollout.backend} "
+                "cannot; use local"
             )
         return self
 

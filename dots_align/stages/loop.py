@@ -4,15 +4,11 @@ elsewhere.
 
 from __future__ import annotations
 
-import functools
 import json
-import random
 import time
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dots_align.checkpoint import (
@@ -25,20 +21,15 @@ from dots_align.checkpoint import (
     step_of,
 )
 from dots_align.config import GrpoRecipe
-from dots_align.data.chat import stop_token_ids, token_texts
-from dots_align.data.encoding import encode_prompts
 from dots_align.data.sources import data_hash, load_prompts
 from dots_align.evals.on_save import resolve_hooks
 from dots_align.evals.preference import load_preference_model
 from dots_align.evals.publisher import Publisher
-from dots_align.evals.suite import to_response
 from dots_align.model.lora import trainable_summary
 from dots_align.model.training import CriticEngine, TrainingEngine
-from dots_align.objectives.advantages import overlong_penalty, zero_variance_groups
 from dots_align.rollout.backend import make_backend, refresh
 from dots_align.runtime import (
     MetricsLog,
-    gather_objects,
     is_main_process,
     logger,
     on_main,
@@ -46,67 +37,16 @@ from dots_align.runtime import (
     progress,
     seed_everything,
 )
-from dots_align.runtime import rank as process_rank
 from dots_align.scoring import RewardSum
+from dots_align.stages.ahead import Ahead, bring_up_to_date, can_be_beside, copy_of
+from dots_align.stages.buffer import load_rollouts, save_rollouts
 from dots_align.stages.critic import CRITIC, load_critic, save_critic
+from dots_align.stages.rollouts import Collector, Rollouts
 from dots_align.stages.routing import router_metrics, watch_router
-from dots_align.stages.update import CriticUpdate, PolicyUpdate, RlRecipe, is_mine
-from dots_align.types import GenerationRequest, Prompt, Response, Sample, SamplingParams, Trajectory
+from dots_align.stages.update import CriticUpdate, PolicyUpdate, RlRecipe
+from dots_align.types import Prompt
 
-NUM_SAMPLES_LOGGED = 8
 STATE = "loop_state.json"
-
-
-class PromptSampler:
-    """Prompts in an order that depends on the seed and the position alone, so a resumed run goes on where it
-    stopped.
-    """
-
-    def __init__(self, num_prompts: int, seed: int) -> None:
-        self.num_prompts, self.seed = num_prompts, seed
-
-    def draw(self, start: int, count: int) -> list[tuple[int, int]]:
-        """(position, prompt index) of `count` prompts from position `start` on, counted from 0; every epoch sees each
-        prompt once.
-        """
-        positions = range(start, start + count)
-        return [(p, self._order(p // self.num_prompts)[p % self.num_prompts]) for p in positions]
-
-    @functools.cache  # noqa: B019 - one sampler lives as long as its run
-    def _order(self, epoch: int) -> list[int]:
-        order = list(range(self.num_prompts))
-        random.Random(f"prompts-{self.seed}-{epoch}").shuffle(order)
-        return order
-
-
-@dataclass(frozen=True)
-class Rollouts:
-    """What one step sampled and learns from: trajectories in the order of prompts, the rewards of the greedy answers
-    to their prompts where there are any, and what the logs say about all that was sampled.
-    """
-
-    trajectories: list[Trajectory]
-    baselines: list[float] | None
-    metrics: dict[str, float]
-    shown: list[Scored]
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A trajectory with the sum and the value of each reward function, what the samples file shows of it, and the
-    reward of the greedy answer to its prompt, where the algorithm wants that.
-
-    The trajectory's own reward is what teaches: the sum, less what an overlong response loses.
-    """
-
-    trajectory: Trajectory
-    reward: float
-    rewards: dict[str, float]
-    shown: dict[str, Any]
-    baseline: float | None = None
-
-    def without_routes(self) -> Scored:
-        return replace(self, trajectory=replace(self.trajectory, routes=None))
 
 
 class RlLoop:
@@ -129,16 +69,16 @@ class RlLoop:
         critic: Any = None,
     ) -> None:
         train, rollout = recipe.train, recipe.rollout
-        self.recipe, self.policy = recipe, policy
-        self.tokenizer, self.prompts = tokenizer, prompts
-        self.prompt_ids = encode_prompts(
-            tokenizer,
-            [(p.messages, p.source) for p in prompts],
-            policy.config.max_position_embeddings,
-            rollout.max_tokens,
+        self.recipe, self.policy, self.tokenizer = recipe, policy, tokenizer
+        beside = train.off_policy_steps > 0 and can_be_beside(policy, rollout.backend)
+        self.sampling_policy = copy_of(policy) if beside and rollout.backend == "local" else policy
+        self.rollout_engine = make_backend(rollout, self.sampling_policy)
+        self.collector = Collector(
+            recipe, self.rollout_engine, tokenizer, prompts, policy.config.max_position_embeddings, rewards
         )
-        self.sampler = PromptSampler(len(prompts), recipe.seed)
-        self.rollout_engine = make_backend(rollout, policy)
+        self.ahead = None
+        if train.off_policy_steps:
+            self.ahead = Ahead(self.collector.collect, self._bring_up_to_date, train.max_steps, beside)
         learner = self._critic(critic)
         first = 0 if learner is None else learner.section.warmup_steps
         self.training_engine = TrainingEngine(
@@ -150,11 +90,9 @@ class RlLoop:
             recipe.parallel.offload_optimizer,
             train.share_prompts,
         )
-        self.rewards = rewards
         self.monitor, self.balance, self.bias = watch_router(policy, recipe.router)
         self.update = PolicyUpdate(recipe, self.training_engine, reference, self.balance, self.bias, learner)
         self.step = 0
-        self.position = 0  # of the next prompt to draw
 
     def _critic(self, model: Any) -> CriticUpdate | None:
         recipe, train = self.recipe, self.recipe.train
@@ -181,7 +119,10 @@ class RlLoop:
         if self.update.critic is not None:
             self.update.critic.engine.load_checkpoint(checkpoint / CRITIC)
         state = json.loads((checkpoint / STATE).read_text())
-        self.position, self.update.kl.value = state["position"], state["kl_coef"]
+        self.collector.position, self.update.kl.value = state["position"], state["kl_coef"]
+        self.collector.groups, ahead = load_rollouts(checkpoint)
+        if self.ahead is not None:
+            self.ahead.put_back(ahead)
 
     def train(self, publisher: Publisher, log: MetricsLog) -> Path:
         """Runs the remaining steps, logs each, publishes as the recipe says; returns the last checkpoint."""
@@ -201,10 +142,13 @@ class RlLoop:
         started = time.monotonic()
         rollouts = self.rollout()
         sampled = time.monotonic()
+        # What an update draws at random (dropout of adapters) depends on the step alone.
+        seed_everything(((self.recipe.seed << 32) + self.step) % 2**63)
         update = self.update(rollouts.trajectories, self.step, rollouts.baselines)
         self.step += 1
         found = {**rollouts.metrics, **update}
-        found["rollout_seconds"] = sampled - started
+        if self.ahead is not None:
+            found["rollout_wait_seconds"] = sampled - started
         found["update_seconds"] = time.monotonic() - sampled
         router = router_metrics(log, self.step, self.monitor, self.balance, self.bias)
         found |= {f"router_{name}": value for name, value in router.items()}
@@ -214,22 +158,15 @@ class RlLoop:
         return metrics
 
     def _samples(self, rollouts: Rollouts) -> list[dict[str, Any]]:
-        """What `samples.jsonl` tells of a step: texts, rewards, and of each token its text, log-prob and advantage."""
-        places = {id(trajectory): index for index, trajectory in enumerate(rollouts.trajectories)}
+        """What `samples.jsonl` tells of a step: of the samples shown, each token's advantage too."""
         lines = []
-        for scored in rollouts.shown:
-            trajectory, place = scored.trajectory, places.get(id(scored.trajectory))
+        for place, shown in rollouts.samples:
             advantages = []  # of a group that dynamic sampling dropped: none
             if place is not None:
-                advantages = self.update.advantages[place, : len(trajectory.response_ids)].tolist()
+                advantages = self.update.advantages[place, : len(shown["tokens"])].tolist()
             if len(set(advantages)) == 1:
                 advantages = advantages[:1]  # the same for all tokens, as without a critic
-            tokens = {
-                "tokens": token_texts(self.tokenizer, trajectory.response_ids),
-                "logprobs": [round(value, 4) for value in trajectory.rollout_logprobs],
-                "advantages": [round(value, 4) for value in advantages],
-            }
-            lines.append({**scored.shown, **tokens})
+            lines.append({**shown, "advantages": [round(value, 4) for value in advantages]})
         return lines
 
     def _name(self, metric: str) -> str:
@@ -245,132 +182,25 @@ class RlLoop:
                 critic = self.update.critic.engine
                 save_critic(critic.model, self.tokenizer, staging / CRITIC)
                 critic.save_checkpoint(staging / CRITIC, self.step)
+            ahead = None if self.ahead is None else self.ahead.waiting()  # before the collector is looked at
+            save_rollouts(staging, self.collector.groups, ahead)
             if is_main_process():
-                state = {"position": self.position, "kl_coef": self.update.kl.value}
+                state = {"position": self.collector.position, "kl_coef": self.update.kl.value}
                 (staging / STATE).write_text(json.dumps(state))
         publisher.after_publish(final, log)
 
     def rollout(self) -> Rollouts:
-        """Samples a group of responses to each prompt of the step, and scores them.
+        """The batch of this step: made now, or while the step before trained."""
+        if self.ahead is not None:
+            return self.ahead.take(self.step)
+        self._bring_up_to_date()
+        return self.collector.collect(self.step, self.step)
 
-        With dynamic sampling, groups whose rewards are all equal make room for those of other prompts, up to
-        `max_refill_rounds` times; what is still missing then is missing. If none is left, all are kept.
-        """
+    def _bring_up_to_date(self) -> None:
+        """Lets what generates have the policy's present weights."""
+        if self.sampling_policy is not self.policy:
+            bring_up_to_date(self.sampling_policy, self.policy)
         refresh(self.rollout_engine, self.policy)
-        wanted, rounds = self.recipe.train.num_prompts_per_step, self.recipe.algorithm.max_refill_rounds
-        everything, errors = self._sample(wanted, 0)
-        kept, used = informative(everything) if rounds else everything, 0
-        while used < rounds and (missing := wanted - num_groups(kept)):
-            fresh, more_errors = self._sample(missing, num_groups(everything))
-            everything, errors, used = everything + fresh, errors + more_errors, used + 1
-            kept += informative(fresh)
-        kept = kept or everything
-        metrics = self._rollout_metrics(everything) | {"reward_errors": float(errors)}
-        if rounds:
-            dropped = num_groups(everything) - num_groups(kept)
-            metrics |= {"refill_rounds": float(used), "dropped_groups": float(dropped)}
-        baselines = [s.baseline for s in kept if s.baseline is not None]
-        # One sample of several prompts says more than several of one.
-        shown = everything[:: self.recipe.rollout.group_size][:NUM_SAMPLES_LOGGED]
-        return Rollouts([s.trajectory for s in kept], baselines or None, metrics, shown)
-
-    def _rollout_metrics(self, scored: list[Scored]) -> dict[str, float]:
-        count = len(scored)
-        found = {
-            "reward": sum(s.reward for s in scored) / count,
-            **{f"reward_{name}": sum(s.rewards[name] for s in scored) / count for name in scored[0].rewards},
-            "response_length": sum(len(s.trajectory.response_ids) for s in scored) / count,
-            "stop_rate": sum(s.shown["finish_reason"] == "stop" for s in scored) / count,
-        }
-        # Correct as in an evaluation: the first reward function gives at least 1.
-        verdicts = [next(iter(s.rewards.values())) >= 1 for s in scored]
-        for name, verdict in (("correct", True), ("wrong", False)):
-            sizes = [len(s.trajectory.response_ids) for s, v in zip(scored, verdicts, strict=True) if v == verdict]
-            if sizes:
-                found[f"response_length_{name}"] = sum(sizes) / len(sizes)
-        if self.recipe.algorithm.overlong_buffer:
-            found["overlong_penalty"] = sum(s.reward - s.trajectory.reward for s in scored) / count
-        if scored[0].baseline is not None:
-            found["greedy_reward"] = sum(s.baseline or 0.0 for s in scored) / count
-        return found
-
-    def _sample(self, count: int, first_group: int) -> tuple[list[Scored], int]:
-        """Samples the next `count` prompts; every process its share, and all get to know what all have sampled (but
-        for the routes).
-
-        Returns:
-            the samples in the order of prompts, and the number of failed rewards.
-        """
-        drawn = dict(enumerate(self.sampler.draw(self.position, count), first_group))
-        self.position += count
-        mine = {group: prompt for group, prompt in drawn.items() if is_mine(group)}
-        requests = [self._request(*prompt) for prompt in mine.values()]
-        samples = self.rollout_engine.generate(requests, return_routes=self.recipe.rollout.backend == "local")
-        errors_before = self.rewards.num_errors
-        own = self._scored(
-            [
-                (group, index, sample)
-                for (group, (_, index)), of_group in zip(mine.items(), samples, strict=True)
-                for sample in of_group
-            ]
-        )
-        if self.recipe.algorithm.advantage_estimator == "remax":
-            own = self._with_baselines(mine, own)
-        errors = self.rewards.num_errors - errors_before
-        theirs = gather_objects(([scored.without_routes() for scored in own], errors))
-        everyone = [s for rank, (part, _) in enumerate(theirs) for s in (own if rank == process_rank() else part)]
-        everyone.sort(key=lambda s: s.trajectory.group)  # stable: the samples of a group stay in order
-        return everyone, sum(errors for _, errors in theirs)
-
-    def _with_baselines(self, mine: dict[int, tuple[int, int]], own: list[Scored]) -> list[Scored]:
-        """The same samples with the reward of the greedy answer to their prompt."""
-        requests = [self._request(*prompt) for prompt in mine.values()]
-        greedy = [
-            replace(request, num_samples=1, sampling=replace(request.sampling, temperature=0.0)) for request in requests
-        ]
-        answers = self.rollout_engine.generate(greedy)
-        scored = self._scored(
-            [(group, index, answer) for (group, (_, index)), (answer,) in zip(mine.items(), answers, strict=True)]
-        )
-        rewards = {s.trajectory.group: s.reward for s in scored}
-        return [replace(s, baseline=rewards[s.trajectory.group]) for s in own]
-
-    def _scored(self, sampled: list[tuple[int, int, Sample]]) -> list[Scored]:
-        """Samples of (group, prompt index), all scored together."""
-        responses = [to_response(self.tokenizer, self.prompts[index], sample) for _, index, sample in sampled]
-        scores = self.rewards.score(responses)
-        return [self._with_score(*s, r, *score) for s, r, score in zip(sampled, responses, scores, strict=True)]
-
-    def _with_score(
-        self, group: int, index: int, sample: Sample, response: Response, reward: float, values: dict[str, float]
-    ) -> Scored:
-        shown = {
-            "prompt": response.prompt.messages[-1].content,
-            "response": response.text,
-            "answer": response.prompt.answer,
-            "reward": reward,
-            "rewards": values,
-            "finish_reason": response.finish_reason,
-        }
-        recipe, size = self.recipe, len(sample.response_ids)
-        taught = reward + overlong_penalty(size, recipe.rollout.max_tokens, recipe.algorithm)
-        trajectory = Trajectory(
-            self.prompt_ids[index], sample.response_ids, sample.rollout_logprobs, group, taught, sample.routes
-        )
-        return Scored(trajectory, reward, values, shown)
-
-    def _request(self, position: int, index: int) -> GenerationRequest:
-        keys = self.recipe.rollout
-        sampling = SamplingParams(
-            temperature=keys.temperature,
-            top_p=keys.top_p,
-            top_k=keys.top_k,
-            min_p=keys.min_p,
-            max_tokens=keys.max_tokens,
-            stop_token_ids=stop_token_ids(self.tokenizer),
-            seed=(self.recipe.seed << 40) + position,
-        )
-        return GenerationRequest(self.prompt_ids[index], keys.group_size, sampling)
 
 
 def run(recipe: RlRecipe) -> Path:
@@ -402,13 +232,3 @@ def run(recipe: RlRecipe) -> Path:
         publisher.finish_hooks(resume, log)
         loop.resume(resume)
     return loop.train(publisher, log)
-
-
-def informative(scored: list[Scored]) -> list[Scored]:
-    """Those of groups whose rewards are not all equal."""
-    silent = zero_variance_groups(torch.tensor([s.reward for s in scored]), [s.trajectory.group for s in scored])
-    return [s for s in scored if s.trajectory.group not in silent]
-
-
-def num_groups(scored: list[Scored]) -> int:
-    return len({s.trajectory.group for s in scored})

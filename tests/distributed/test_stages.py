@@ -106,6 +106,14 @@ VARIANTS = {
         "optim.max_grad_norm=0.05",
     ),
     "replayed": ("router.replay=R3", "train.num_epochs=2", "train.gradient_checkpointing=true"),
+    # Prompts that wait for a later step, with the routes that one process knows, and a batch that was made ahead.
+    "carried": (
+        "router.replay=R3",
+        "train.max_steps=3",
+        "train.off_policy_steps=1",
+        "rollout.partial={chunk_tokens: 4, extra_prompts: 4, max_staleness: 3}",
+        "rollout_correction.rollout_is=token",
+    ),
     # Their statistics are those of a minibatch, whoever holds which part of it.
     "whole_batch": ("algorithm.name=kl_cov", "algorithm.kl_cov_ratio=0.05", "algorithm.clip_ratio_high=0.2"),
     "balanced": ("router.balance_loss_coef=0.1", "router.bias_policy=update"),
@@ -117,7 +125,7 @@ CASES = [
     ("grpo", "full", 2, 2),
     ("sft", "full", 4, 2),
     ("dpo", "full", 4, 2),
-    ("grpo", "full", 4, 2),
+    ("grpo", "carried", 4, 2),
     ("sft", "full", 8, 8),
     ("dpo", "full", 8, 2),
     ("grpo", "full", 8, 4),
@@ -138,7 +146,7 @@ if os.environ.get("DOTS_ALIGN_ALL_LAYOUTS"):
         (stage, variant, world, ep)
         for stage in STAGES
         for variant in VARIANTS
-        if stage == "grpo" or variant not in ("replayed", "whole_batch")
+        if stage == "grpo" or variant not in ("replayed", "carried", "whole_batch")
         for world in (1, 2, 4, 8)
         for ep in (1, 2, 4, 8)
         if world % ep == 0

@@ -37,6 +37,7 @@ rewards:
 optim:
   learning_rate: 1.0e-4
 """
+PARTIAL = ("rollout_correction.rollout_is=token", "rollout.partial={chunk_tokens: 8, extra_prompts: 4}")
 PIPELINE = """\
 stage: pipeline
 output_dir: out
@@ -367,6 +368,11 @@ def test_keys_of_the_recipe_win_over_the_algorithms(write) -> None:
         (["rollout_correction.rollout_is_threshold=0.5_2"], "YAML reads 0.5_2 as 0.52"),
         (["rollout_correction.rollout_is_threshold=2.0_0.5"], "is no threshold"),
         (["router.replay=R4"], "`router.replay`"),
+        (["train.off_policy_steps=1"], "give rollout_correction.rollout_is=token"),
+        (["rollout.partial={chunk_tokens: 8, extra_prompts: 4}"], "give rollout_correction.rollout_is=token"),
+        ([*PARTIAL, "rollout.partial.extra_prompts=33"], "nobody could keep to max_staleness"),
+        ([*PARTIAL, "train.off_policy_steps=1", "rollout.partial.max_staleness=1"], "give at least 2"),
+        ([*PARTIAL, "rollout.backend=vllm", "rollout.vllm.base_url=http://here:1"], "cannot; use local"),
     ],
 )
 def test_what_contradicts_itself_is_refused(write, overrides: list[str], told: str) -> None:

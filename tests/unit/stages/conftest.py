@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import Dots1ForCausalLM
+from transformers import Dots1ForCausalLM, PreTrainedTokenizerFast
 
-from dots_align.config import GrpoRecipe, PpoRecipe
+from dots_align.config import GrpoRecipe, PpoRecipe, RewardSection
 from dots_align.model.balance import BiasPolicy
 from dots_align.model.router import LoadMonitor
 from dots_align.model.training import CriticEngine, TrainingEngine
 from dots_align.rollout.engine import RolloutEngine
+from dots_align.scoring import RewardSum
+from dots_align.stages.loop import RlLoop
 from dots_align.stages.update import CriticUpdate, PolicyUpdate
-from dots_align.types import GenerationRequest, SamplingParams, Trajectory
+from dots_align.types import GenerationRequest, Message, Prompt, SamplingParams, Trajectory
 
 MAX_TOKENS = 12
 
@@ -66,3 +69,40 @@ def sampled(loaded_model: Dots1ForCausalLM) -> list[Trajectory]:
 def shifted_routes(sampled: list[Trajectory]) -> list[Trajectory]:
     """The same with every token's experts moved on by one, which no router here would choose."""
     return [replace(t, routes=bytes((e + 1) % 16 for e in t.routes or b"")) for t in sampled]
+
+
+REWARDS = '''
+def noisy(response):
+    """Of the first token alone, so that groups often agree."""
+    return float(response.response_ids[0] % 8 == 0)
+
+
+def never(response):
+    return 0.0
+
+
+def length(response):
+    return float(len(response.response_ids))
+
+
+def leaves_a_file(response, directory):
+    open(f"{directory}/{response.prompt.answer}", "w").close()
+    return 1.0
+'''
+
+
+@pytest.fixture
+def loop(model: Dots1ForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
+    """A loop over 64 prompts that samples 4 a step, with one of the rewards above."""
+    (tmp_path / "some_rewards.py").write_text(REWARDS)
+
+    def make(reward: str, algorithm: dict[str, Any], group_size: int = 2, **sections: Any) -> RlLoop:
+        prompts = [Prompt([Message("user", f"{n}+{n}=?")], str(2 * n)) for n in range(64)]
+        function = f"{tmp_path / 'some_rewards.py'}:{reward}"
+        keys = {"function": function, "run_in": "trainer", **sections.pop("reward_keys", {})}
+        train = {"num_prompts_per_step": 4, **sections.pop("train", {})}
+        rollout = {"group_size": group_size, "max_tokens": 6, **sections.pop("rollout", {})}
+        recipe = rl_recipe(algorithm=algorithm, train=train, rollout=rollout, **sections)
+        return RlLoop(recipe, model, None, tokenizer, prompts, RewardSum([RewardSection.model_validate(keys)], 2))
+
+    return make

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Dots1ForCausalLM, PreTrainedTokenizerFast
 
-from dots_align.config import RewardSection
 from dots_align.data.chat import stop_token_ids
 from dots_align.objectives.advantages import zero_variance_groups
-from dots_align.scoring import RewardSum
-from dots_align.stages.loop import PromptSampler, RlLoop
+from dots_align.stages.rollouts import PromptSampler
 from dots_align.stages.update import split_groups
-from dots_align.types import GenerationRequest, Message, Prompt, SamplingParams
-from tests.unit.stages.conftest import rl_recipe
+from dots_align.types import GenerationRequest, SamplingParams
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 3))
@@ -50,40 +43,6 @@ def test_minibatches_hold_whole_groups_in_even_numbers(num_groups: int, group_si
     assert max(sizes) - min(sizes) <= 1
 
 
-REWARDS = '''
-def noisy(response):
-    """Of the first token alone, so that groups often agree."""
-    return float(response.response_ids[0] % 8 == 0)
-
-
-def never(response):
-    return 0.0
-
-
-def length(response):
-    return float(len(response.response_ids))
-'''
-
-
-@pytest.fixture
-def loop(model: Dots1ForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: Path):
-    """A loop over 64 prompts that samples 4 a step, with one of the rewards above."""
-    (tmp_path / "some_rewards.py").write_text(REWARDS)
-
-    def make(reward: str, algorithm: dict[str, Any], group_size: int = 2, **sections: Any) -> RlLoop:
-        prompts = [Prompt([Message("user", f"{n}+{n}=?")], str(2 * n)) for n in range(64)]
-        rewards = RewardSum([RewardSection(function=f"{tmp_path / 'some_rewards.py'}:{reward}", run_in="trainer")])
-        recipe = rl_recipe(
-            algorithm=algorithm,
-            train={"num_prompts_per_step": 4},
-            rollout={"group_size": group_size, "max_tokens": 6},
-            **sections,
-        )
-        return RlLoop(recipe, model, None, tokenizer, prompts, rewards)
-
-    return make
-
-
 def test_dynamic_sampling_replaces_groups_without_variance(loop) -> None:
     refilling = loop("noisy", {"name": "dapo", "overlong_buffer": 0.0, "max_refill_rounds": 20})
     rollouts = refilling.rollout()
@@ -92,17 +51,17 @@ def test_dynamic_sampling_replaces_groups_without_variance(loop) -> None:
     rewards = torch.tensor([t.reward for t in rollouts.trajectories])
     assert not zero_variance_groups(rewards, [t.group for t in rollouts.trajectories])
     assert rollouts.metrics["refill_rounds"] > 0
-    assert rollouts.metrics["dropped_groups"] == refilling.position - 4 > 0
+    assert rollouts.metrics["dropped_groups"] == refilling.collector.position - 4 > 0
     # The reward that is logged is that of all that was sampled.
     assert rollouts.metrics["reward"] < 0.5
     plain = loop("noisy", {"name": "grpo"})
-    assert len({t.group for t in plain.rollout().trajectories}) == plain.position == 4
+    assert len({t.group for t in plain.rollout().trajectories}) == plain.collector.position == 4
 
 
 def test_dynamic_sampling_gives_up_after_its_rounds(loop) -> None:
     refilling = loop("never", {"name": "dapo", "max_refill_rounds": 2})
     rollouts = refilling.rollout()
-    assert refilling.position == 12
+    assert refilling.collector.position == 12
     assert rollouts.metrics["refill_rounds"] == 2
     assert rollouts.metrics["dropped_groups"] == 0
     assert len({t.group for t in rollouts.trajectories}) == 12
