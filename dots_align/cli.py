@@ -122,9 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("output", type=Path, help="JSONL file, a line per prompt; run again to go on with it")
     generate.add_argument("overrides", nargs="*", metavar="key=value", help="num_samples=16 temperature=0.7, and so on")
     generate.epilog = "keys and their defaults: " + " ".join(generation_keys())
-    report = command("report", "write one self-contained HTML page about a run", _report)
-    report.add_argument("run_dir", type=Path)
-    report.add_argument("--output", type=Path, help="default: <run_dir>/report.html")
+    report = command("report", "write one self-contained HTML page about a run, or several", _report)
+    report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN", help="several are compared")
+    report.add_argument("--output", type=Path, help="default: <RUN>/report.html; of several, compare.html beside them")
     return parser
 
 
@@ -233,4 +233,4 @@ def _generate(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from dots_align.report.page import write_report
 
-    print(write_report(options.run_dir, options.output))
+    print(write_report(options.run_dirs, options.output))

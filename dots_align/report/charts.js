@@ -1,72 +1,61 @@
-"use strict";
-// SVG charts of this report: line charts, bars and the expert-load heatmap. Model output reaches the page as text nodes only.
+// Line and area charts: hover and zoom are shared by all charts of a group, keys do what the pointer does, and every chart
+// has a table to fall back on.
 const Charts = (() => {
-  const NAMESPACE = document.querySelector("svg").namespaceURI;
-  const COLOURS = 6;
+  const { el, svg, known, clamp, whole, colour, format, nearest, showTip, hideTip, tipRow, keepDrawn, redrawAll } = Base;
   const FEW = 25;  // up to here (evaluations, say) every point gets its dot, and smoothing would only mislead
-  const redraws = [];
+  const DASHES = [null, "6 4", "2 3", "9 3 2 3"];
   let smoothing = 0;
 
-  function el(tag, attributes = {}, ...children) {
-    return fill(document.createElement(tag), attributes, children);
+  // What the charts of a stage share: the stretch of steps they show, and the step that is pointed at.
+  class Span {
+    constructor() { this.zoom = null; this.watchers = []; this.pointers = []; }
+    set(zoom) { this.zoom = zoom; this.watchers.forEach((watch) => watch(zoom)); }
+    point(step, from) { this.pointers.forEach((follow) => follow(step, from)); }
   }
 
-  function svg(tag, attributes = {}, ...children) {
-    return fill(document.createElementNS(NAMESPACE, tag), attributes, children);
-  }
-
-  function fill(node, attributes, children) {
-    for (const [name, value] of Object.entries(attributes)) {
-      if (name === "style") Object.assign(node.style, value);
-      else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value === true ? "" : value);
-    }
-    node.append(...children.filter((child) => child !== null && child !== undefined));
-    return node;
-  }
-
-  const colour = (index) => `var(--s${index % COLOURS})`;
-  const clamp = (value, low, high) => Math.min(high, Math.max(low, value));
-
-  // ---- numbers ----------------------------------------------------------------------------------------------------
-  function format(value, percent = false) {
-    if (value === null || value === undefined) return "–";
-    if (percent) return `${+(value * 100).toFixed(1)}%`;
-    const size = Math.abs(value);
-    if (size !== 0 && (size < 1e-3 || size >= 1e9)) return value.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e");
-    if (size >= 1000) return Math.round(value).toLocaleString("en-US");
-    return String(+value.toPrecision(4));
-  }
-
+  // ---- axes -------------------------------------------------------------------------------------------------------
   function tickLabel(value, percent) {
     const size = Math.abs(value);
-    if (!percent && size >= 1e9) return format(value);
-    if (!percent && size >= 1e6) return `${+(value / 1e6).toPrecision(4)}M`;
-    if (!percent && size >= 1e4) return `${+(value / 1e3).toPrecision(4)}k`;
-    return percent ? format(value, true) : size < 1e-3 ? format(value) : String(+value.toPrecision(5));
+    if (percent) return format(value, true);
+    if (size >= 1e9 || (size < 1e-3 && size > 0)) return format(value);
+    if (size >= 1e6) return `${+(value / 1e6).toPrecision(4)}M`;
+    if (size >= 1e4) return `${+(value / 1e3).toPrecision(4)}k`;
+    return String(+value.toPrecision(5));
   }
 
-  function ticks(low, high, count, whole = false) {
-    const rough = Math.max((high - low) / count, whole ? 1 : Number.MIN_VALUE);
+  function ticks(low, high, wanted, integers = false) {
+    const rough = Math.max((high - low) / wanted, integers ? 1 : Number.MIN_VALUE);
     const power = 10 ** Math.floor(Math.log10(rough));
-    const step = (whole ? [1, 2, 5, 10] : [1, 2, 2.5, 5, 10]).map((f) => f * power).find((s) => s >= rough * 0.999) || power * 10;
+    const step = (integers ? [1, 2, 5, 10] : [1, 2, 2.5, 5, 10]).map((f) => f * power).find((s) => s >= rough * 0.999) || power * 10;
     const found = [];
     for (let i = Math.ceil(low / step - 1e-9); i <= Math.floor(high / step + 1e-9); i++) found.push(i * step);
     return { step, values: found };
   }
 
-  // {low, high, values}: an axis that starts and ends on a tick.
-  function yAxis(series, percent, count) {
-    const values = series.flatMap((one) => one.values).filter((value) => value !== null);
-    if (percent || !values.length) return { low: 0, high: 1, values: [0, 0.25, 0.5, 0.75, 1] };
-    let [low, high] = values.reduce(([a, b], v) => [Math.min(a, v), Math.max(b, v)], [Infinity, -Infinity]);
-    if (high - low < 1e-12 * Math.max(1, Math.abs(high))) {
-      const pad = Math.abs(high) * 0.5 || 1;
+  // {to: value -> 0…1, values: ticks} of an axis that starts and ends on a tick.
+  function valueAxis(values, scale, wanted) {
+    if (scale === "log") {
+      const positive = values.filter((v) => v > 0);
+      if (positive.length) return logAxis(Math.min(...positive), Math.max(...positive), wanted);
+    }
+    let [low, high] = values.length ? [Math.min(...values), Math.max(...values)] : [0, 1];
+    if (scale === "percent" && high > 0.3) [low, high] = [Math.min(0, low), 1];
+    else if (high - low < 0.004 * Math.abs(high) || high === low) {  // noise in the last digits is no curve
+      const pad = high === low ? Math.abs(high) * 0.5 || 1 : Math.abs(high) * 0.01;
       [low, high] = [low - pad, high + pad];
     }
     if (low > 0 && low < 0.4 * high) low = 0;
-    const { step } = ticks(low, high, count);
+    const { step } = ticks(low, high, wanted);
     const [from, to] = [Math.floor(low / step + 1e-9), Math.ceil(high / step - 1e-9)];
-    return { low: from * step, high: to * step, values: Array.from({ length: to - from + 1 }, (_, i) => (from + i) * step) };
+    const span = (to - from) * step;
+    return { to: (value) => (value - from * step) / span, values: Array.from({ length: to - from + 1 }, (_, i) => (from + i) * step) };
+  }
+
+  function logAxis(least, most, wanted) {
+    const low = Math.floor(Math.log10(least) + 1e-9), high = Math.max(low + 1, Math.ceil(Math.log10(most) - 1e-9));
+    const every = Math.ceil((high - low) / (wanted + 1));
+    const values = Array.from({ length: high - low + 1 }, (_, i) => low + i).filter((_, i) => i % every === 0).map((power) => 10 ** power);
+    return { to: (value) => (Math.log10(value) - low) / (high - low), values };
   }
 
   function smoothed(values) {
@@ -80,266 +69,239 @@ const Charts = (() => {
     });
   }
 
-  // ---- tooltip ----------------------------------------------------------------------------------------------------
-  function showTip(x, y, rows) {
-    const tip = document.getElementById("tip");
-    tip.replaceChildren(...rows);
-    tip.hidden = false;
-    const box = tip.getBoundingClientRect();
-    tip.style.left = `${clamp(x + 14 + box.width > innerWidth ? x - box.width - 14 : x + 14, 4, innerWidth - box.width)}px`;
-    tip.style.top = `${clamp(y - box.height - 12, 4, innerHeight - box.height)}px`;
-  }
-
-  const hideTip = () => { document.getElementById("tip").hidden = true; };
-
-  function tipRow(swatch, name, value) {
-    const label = el("span", {}, swatch ? el("i", { style: { background: swatch } }) : null, name);
-    return el("div", { class: "row" }, label, el("b", {}, value));
-  }
-
-  // Draws now if there is room, and again whenever the width changes (also when a closed section opens).
-  function keepDrawn(host, draw) {
-    let width = 0;
-    const redraw = (force) => {
-      const now = Math.floor(host.clientWidth);
-      if (now < 40 || (now === width && force !== true)) return;
-      width = now;
-      draw(now);
-    };
-    redraws.push(() => redraw(true));
-    // Drawing inside the callback changes the size it reports on, which browsers raise as an error: wait for the next frame.
-    new ResizeObserver(() => requestAnimationFrame(redraw)).observe(host);
-    queueMicrotask(redraw);
-  }
-
-  // ---- line chart -------------------------------------------------------------------------------------------------
-  function lineChart(host, { series, label, percent = false, height = 220, legend = series.length > 1 }) {
-    const holder = el("div", { class: "chart" });
-    if (legend) {
-      host.append(el("div", { class: "legend" }, ...series.map((one, i) =>
-        el("span", {}, el("i", { style: { background: colour(i) } }), one.name))));
-    }
+  // ---- a chart ----------------------------------------------------------------------------------------------------
+  // series: [{name, steps, values, tone?, dash?}]; scale: linear, log, percent; kind: lines or stack.
+  function chart(host, { series, label, span = new Span(), scale = "linear", kind = "lines", height = 190, legend = true, marker = null }) {
+    const state = { series, label, span, scale, kind, height, marker, at: null, draft: null };
+    series.forEach((one, i) => { one.tone ??= colour(i); });
+    const holder = el("div", { class: "chart", tabindex: 0, role: "application", "aria-roledescription": "chart", "aria-label": describe(state) });
+    if (legend) host.append(legendOf(series, scale));
     host.append(holder);
-    let marker = null, place = () => {};
-    keepDrawn(holder, (width) => {
-      place = drawLines(holder, { series, label, percent, height, width });
-      if (marker !== null) place(marker);
-    });
-    return { mark: (step) => { marker = step; place(step); } };
+    const redraw = keepDrawn(holder, (width) => draw(holder, state, width));
+    span.watchers.push(redraw);
+    span.pointers.push((step, from) => { if (from !== state) followPointer(state, step); });
+    listen(holder, state);
+    return { mark: (step) => { state.marker = step; redraw(); } };
   }
 
-  function drawLines(holder, { series, label, percent, height, width }) {
-    const { low, high, values: yTicks } = yAxis(series, percent, height < 160 ? 3 : 4);
-    const left = 10 + Math.max(...yTicks.map((v) => tickLabel(v, percent).length)) * 6.6;
-    const box = { left, right: width - 14, top: 8, bottom: height - 22 };
-    const steps = [...new Set(series.flatMap((one) => one.steps))].sort((a, b) => a - b);
-    let first = steps[0], last = steps[steps.length - 1];
+  const legendOf = (series, scale) => el("div", { class: "legend" }, series.map((one) =>
+    el("span", { title: one.name }, one.dash ? el("i", { class: "dashed", style: { color: one.tone } }) : el("i", { style: { background: one.tone } }), one.name,
+      el("b", {}, format(one.values.filter(known).slice(-1)[0], scale === "percent")))));
+
+  function visible(state) {
+    const [from, to] = state.span.zoom || [-Infinity, Infinity];
+    return state.series.map((one) => {
+      const drawn = smoothed(one.values);
+      const inside = one.steps.map((step, i) => i).filter((i) => one.steps[i] >= from && one.steps[i] <= to);
+      return { ...one, steps: inside.map((i) => one.steps[i]), raw: inside.map((i) => one.values[i]), values: inside.map((i) => drawn[i]), isSmooth: drawn !== one.values };
+    });
+  }
+
+  // Shares of a whole, each series on top of the ones before it; steps are those of the first series.
+  function stacked(series) {
+    const base = series[0].steps.map(() => 0);
+    return series.map((one) => {
+      const at = new Map(one.steps.map((step, i) => [step, one.values[i] ?? 0]));
+      const low = [...base];
+      series[0].steps.forEach((step, i) => { base[i] += at.get(step) ?? 0; });
+      return { ...one, steps: series[0].steps, raw: one.raw, low, values: [...base] };
+    });
+  }
+
+  function draw(holder, state, width) {
+    const shown = state.kind === "stack" ? stacked(visible(state)) : visible(state);
+    const steps = [...new Set(shown.flatMap((one) => one.steps))].sort((a, b) => a - b);
+    if (!steps.length) { holder.replaceChildren(el("p", { class: "empty" }, "No values in these steps.")); state.steps = []; return; }
+    const values = shown.flatMap((one) => (one.isSmooth && state.kind !== "stack" ? one.raw : one.values)).filter(known);
+    const axis = valueAxis(state.kind === "stack" ? [0, ...values] : values, state.scale, state.height < 150 ? 2 : 4);
+    const left = 12 + Math.max(...axis.values.map((v) => tickLabel(v, state.scale === "percent").length)) * 6.4;
+    const box = { left, right: width - 12, top: 8, bottom: state.height - 22 };
+    let [first, last] = state.span.zoom || [steps[0], steps[steps.length - 1]];
     if (first === last) [first, last] = [first - 1, last + 1];
     const x = (step) => box.left + ((step - first) / (last - first)) * (box.right - box.left);
-    const y = (value) => box.bottom - ((value - low) / (high - low)) * (box.bottom - box.top);
-    const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", tabindex: 0, "aria-label": describe(label, series, percent) });
-    root.append(axes(box, x, y, yTicks, ticks(first, last, Math.max(2, width / 90), true).values, percent));
-    const here = svg("line", { class: "here", y1: box.top, y2: box.bottom, visibility: "hidden" });
-    root.append(here, ...series.flatMap((one, i) => curve(one, i, x, y)));
-    addHover(root, { series, steps, x, y, box, percent });
+    const y = (value) => box.bottom - clamp(axis.to(value), -0.02, 1.02) * (box.bottom - box.top);
+    const root = svg("svg", { viewBox: `0 0 ${width} ${state.height}`, height: state.height, "aria-hidden": "true" });
+    root.append(axes(box, x, y, axis.values, ticks(first, last, Math.max(2, width / 90), true).values, state.scale === "percent"));
+    if (known(state.marker)) root.append(svg("line", { class: "here", x1: x(state.marker), x2: x(state.marker), y1: box.top, y2: box.bottom }));
+    shown.forEach((one) => root.append(...(state.kind === "stack" ? [area(one, x, y)] : curve(one, x, y, state.scale))));
+    const layer = svg("g", { visibility: "hidden" }), brush = svg("rect", { class: "brush", y: box.top, height: box.bottom - box.top, visibility: "hidden" });
+    root.append(brush, layer);
     holder.replaceChildren(root);
-    return (step) => {
-      for (const [name, value] of [["x1", x(step)], ["x2", x(step)], ["visibility", "visible"]]) here.setAttribute(name, value);
-    };
+    Object.assign(state, { steps, shown, x, y, box, first, last, root, layer, brush });
   }
 
   function axes(box, x, y, yTicks, xTicks, percent) {
-    const group = svg("g", { "aria-hidden": "true" });
+    const group = svg("g", {});
     for (const value of yTicks) {
       group.append(svg("line", { class: "gridline", x1: box.left, x2: box.right, y1: y(value), y2: y(value) }));
       group.append(svg("text", { x: box.left - 6, y: y(value) + 4, "text-anchor": "end" }, tickLabel(value, percent)));
     }
     for (const value of xTicks) {
-      group.append(svg("line", { class: "axis", x1: x(value), x2: x(value), y1: box.bottom, y2: box.bottom + 4 }));
-      const text = tickLabel(value), overhang = x(value) + text.length * 3.3 > box.right + 14;
-      group.append(svg("text", { x: overhang ? box.right + 14 : x(value), y: box.bottom + 17, "text-anchor": overhang ? "end" : "middle" }, text));
+      const text = tickLabel(value), overhang = x(value) + text.length * 3.3 > box.right + 12;
+      group.append(svg("text", { x: overhang ? box.right + 12 : x(value), y: box.bottom + 17, "text-anchor": overhang ? "end" : "middle" }, text));
     }
-    group.append(svg("line", { class: "axis", x1: box.left, x2: box.right, y1: box.bottom, y2: box.bottom }));
     return group;
   }
 
-  function pathOf(steps, values, x, y) {
+  function pathOf(steps, values, x, y, log) {
     let pen = "M", path = "";
     values.forEach((value, i) => {
-      if (value === null) { pen = "M"; return; }
+      if (value === null || (log && value <= 0)) { pen = "M"; return; }
       path += `${pen}${x(steps[i]).toFixed(1)} ${y(value).toFixed(1)}`;
       pen = "L";
     });
     return path;
   }
 
-  function curve(one, index, x, y) {
-    const drawn = smoothed(one.values), marks = [];
-    if (drawn !== one.values) marks.push(svg("path", { class: "raw", d: pathOf(one.steps, one.values, x, y), style: { stroke: colour(index) } }));
-    marks.push(svg("path", { class: "line", "data-series": one.name, d: pathOf(one.steps, drawn, x, y), style: { stroke: colour(index) } }));
-    if (drawn.length <= FEW) {
-      drawn.forEach((value, i) => {
-        if (value !== null) marks.push(svg("circle", { class: "dot", cx: x(one.steps[i]), cy: y(value), r: 3.2, style: { fill: colour(index) } }));
+  function curve(one, x, y, scale) {
+    const log = scale === "log", marks = [];
+    if (one.isSmooth) marks.push(svg("path", { class: "raw", d: pathOf(one.steps, one.raw, x, y, log), style: { stroke: one.tone } }));
+    marks.push(svg("path", { class: "line", "data-series": one.name, d: pathOf(one.steps, one.values, x, y, log), "stroke-dasharray": one.dash, style: { stroke: one.tone } }));
+    if (one.values.length <= FEW) {
+      one.values.forEach((value, i) => {
+        if (value !== null && !(log && value <= 0)) marks.push(svg("circle", { class: "dot", cx: x(one.steps[i]), cy: y(value), r: 3, style: { fill: one.tone } }));
       });
     }
     return marks;
   }
 
-  function describe(label, series, percent) {
+  function area(one, x, y) {
+    const top = one.steps.map((step, i) => `${x(step).toFixed(1)} ${y(one.values[i]).toFixed(1)}`);
+    const bottom = one.steps.map((step, i) => `${x(step).toFixed(1)} ${y(one.low[i]).toFixed(1)}`).reverse();
+    return svg("path", { class: "area", "data-series": one.name, d: `M${[...top, ...bottom].join("L")}Z`, style: { fill: one.tone, stroke: one.tone } });
+  }
+
+  function describe({ series, label, scale }) {
     const parts = series.map((one) => {
-      const values = one.values.filter((value) => value !== null);
-      return values.length
-        ? `${one.name} from ${format(values[0], percent)} at step ${one.steps[0]} to ${format(values[values.length - 1], percent)} at step ${one.steps[one.steps.length - 1]}`
+      const values = one.values.filter(known);
+      return values.length ? `${one.name} from ${format(values[0], scale === "percent")} at step ${one.steps[0]} to ${format(values[values.length - 1], scale === "percent")} at step ${one.steps[one.steps.length - 1]}`
         : `${one.name} without values`;
     });
-    return `${label}: ${parts.join("; ")}. Arrow keys read values.`;
+    return `${label}: ${parts.join("; ")}. Left and right read values, plus and minus zoom, Escape shows all.`;
   }
 
-  function nearest(sorted, value) {
-    let low = 0, high = sorted.length - 1;
-    while (high - low > 1) {
-      const middle = (low + high) >> 1;
-      if (sorted[middle] <= value) low = middle; else high = middle;
-    }
-    return value - sorted[low] <= sorted[high] - value ? low : high;
-  }
-
-  function addHover(root, { series, steps, x, y, box, percent }) {
-    const cross = svg("line", { class: "cross", y1: box.top, y2: box.bottom });
-    const layer = svg("g", { visibility: "hidden", "aria-hidden": "true" }, cross);
-    root.append(layer);
-    let at = steps.length - 1;
-    const show = (index, clientY) => {
-      at = clamp(index, 0, steps.length - 1);
-      const rows = [el("div", { class: "muted" }, `step ${steps[at].toLocaleString("en-US")}`)];
-      layer.replaceChildren(cross);
-      cross.setAttribute("x1", x(steps[at]));
-      cross.setAttribute("x2", x(steps[at]));
-      series.forEach((one, i) => {
-        const near = nearest(one.steps, steps[at]);
-        const elsewhere = one.steps[near] === steps[at] ? "" : ` (step ${one.steps[near]})`;
-        rows.push(tipRow(colour(i), one.name + elsewhere, format(one.values[near], percent)));
-        if (one.values[near] !== null) layer.append(svg("circle", { class: "dot", cx: x(one.steps[near]), cy: y(one.values[near]), r: 4.2, style: { fill: colour(i) } }));
-      });
-      layer.setAttribute("visibility", "visible");
-      const place = root.getBoundingClientRect();
-      showTip(place.left + x(steps[at]), clientY ?? place.top + 30, rows);
+  // ---- pointer and keys -------------------------------------------------------------------------------------------
+  function listen(holder, state) {
+    const stepAt = (event) => {
+      const offset = event.clientX - holder.getBoundingClientRect().left;
+      const share = clamp((offset - state.box.left) / (state.box.right - state.box.left), 0, 1);
+      return state.first + share * (state.last - state.first);
     };
-    const hide = () => { layer.setAttribute("visibility", "hidden"); hideTip(); };
-    root.addEventListener("pointermove", (event) => {
-      const offset = event.clientX - root.getBoundingClientRect().left;
-      const [from, to] = [x(steps[0]), x(steps[steps.length - 1])];
-      const share = to > from ? clamp((offset - from) / (to - from), 0, 1) : 0;
-      show(nearest(steps, steps[0] + share * (steps[steps.length - 1] - steps[0])), event.clientY);
+    holder.addEventListener("pointerdown", (event) => {
+      if (event.button || !state.steps?.length) return;
+      state.draft = stepAt(event);
+      holder.setPointerCapture(event.pointerId);
     });
-    root.addEventListener("keydown", (event) => {
-      const move = { ArrowLeft: -1, ArrowRight: 1, Home: -Infinity, End: Infinity }[event.key];
-      if (move) { event.preventDefault(); show(at + move); }
+    holder.addEventListener("pointermove", (event) => {
+      if (!state.steps?.length) return;
+      point(holder, state, nearest(state.steps, stepAt(event)), event.clientY);
+      if (state.draft !== null) showBrush(state, state.draft, stepAt(event));
     });
-    for (const name of ["pointerleave", "blur"]) root.addEventListener(name, hide);
+    holder.addEventListener("pointerup", (event) => {
+      const from = state.draft;
+      state.draft = null;
+      if (from === null) return;
+      state.brush.setAttribute("visibility", "hidden");
+      const [a, b] = [from, stepAt(event)].sort((p, q) => p - q);
+      if (state.x(b) - state.x(a) > 6 && b - a >= 1) zoom(state, a, b);
+    });
+    holder.addEventListener("dblclick", () => state.span.set(null));
+    for (const name of ["pointerleave", "blur"]) holder.addEventListener(name, () => { if (state.draft === null) { hideTip(); state.span.point(null); } });
+    holder.addEventListener("keydown", (event) => onKey(holder, state, event));
   }
 
-  // ---- bars -------------------------------------------------------------------------------------------------------
-  function barChart(host, { bars, label, height = 200 }) {
-    const holder = el("div", { class: "chart" });
-    host.append(holder);
-    keepDrawn(holder, (width) => {
-      const box = { left: 40, right: width - 6, top: 20, bottom: height - 22 };
-      const y = (value) => box.bottom - value * (box.bottom - box.top);
-      const slot = (box.right - box.left) / bars.length;
-      const text = bars.map((bar) => `${bar.name} ${format(bar.value, true)}`).join(", ");
-      const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": `${label}: ${text}` });
-      root.append(axes(box, () => 0, y, [0, 0.25, 0.5, 0.75, 1], [], true));
-      bars.forEach((bar, i) => {
-        const wide = Math.min(56, slot * 0.62), middle = box.left + slot * (i + 0.5);
-        root.append(svg("rect", {
-          class: "bar", x: middle - wide / 2, width: wide, y: y(clamp(bar.value, 0, 1)), height: Math.max(1, box.bottom - y(clamp(bar.value, 0, 1))),
-          rx: 4, style: { fill: bar.muted ? "var(--muted)" : "var(--s0)", opacity: bar.muted ? 0.5 : 1 },
-        }));
-        root.append(svg("text", { class: "strong", x: middle, y: y(clamp(bar.value, 0, 1)) - 6, "text-anchor": "middle" }, format(bar.value, true)));
-        root.append(svg("text", { x: middle, y: box.bottom + 17, "text-anchor": "middle" }, bar.name));
-      });
-      holder.replaceChildren(root);
-    });
+  function onKey(holder, state, event) {
+    if (event.ctrlKey || event.metaKey || event.altKey || !state.steps?.length) return;
+    const last = state.steps.length - 1, at = state.at ?? last;
+    const moves = { ArrowLeft: at - 1, ArrowRight: at + 1, PageUp: at - 10, PageDown: at + 10, Home: 0, End: last };
+    if (event.key in moves) point(holder, state, clamp(moves[event.key], 0, last));
+    else if (event.key === "+" || event.key === "=") {
+      const quarter = (state.last - state.first) / 4, middle = state.steps[at];
+      if (quarter >= 0.5) zoom(state, Math.max(state.first, middle - quarter), Math.min(state.last, middle + quarter));
+    } else if (event.key === "-") {
+      const half = (state.last - state.first) / 2;
+      zoom(state, state.first - half, state.last + half);
+    } else if (event.key === "Escape" || event.key === "0") { hideTip(); state.span.set(null); } else return;
+    event.preventDefault();
   }
 
-  // ---- heatmap ----------------------------------------------------------------------------------------------------
-  // Colour says load x experts: 1 is an expert's fair share (neutral), half or less full blue, double or more full orange.
-  function heatmap(host, { layers, experts }) {
-    const holder = el("div", { class: "heat" });
-    host.append(holder);
-    let load = null, paint = () => {};
-    keepDrawn(holder, (width) => {
-      paint = drawHeatmap(holder, { layers, experts, width });
-      if (load) paint(load);
-    });
-    return { show: (next) => { load = next; paint(next); } };
+  // Stretches beyond the ends are cut; the whole is no zoom.
+  function zoom(state, from, to) {
+    const all = state.series.flatMap((one) => [one.steps[0], one.steps[one.steps.length - 1]]).filter(known);
+    const [low, high] = [Math.min(...all), Math.max(...all)];
+    const cut = [Math.max(low, Math.round(from)), Math.min(high, Math.round(to))];
+    if (cut[1] > cut[0]) state.span.set(cut[0] === low && cut[1] === high ? null : cut);
   }
 
-  function violation(row) {
-    const mean = row.reduce((a, b) => a + b, 0) / row.length;
-    return mean > 0 ? Math.max(...row) / mean - 1 : 0;
+  function showBrush(state, a, b) {
+    const [from, to] = [state.x(Math.min(a, b)), state.x(Math.max(a, b))];
+    for (const [name, value] of [["x", from], ["width", to - from], ["visibility", "visible"]]) state.brush.setAttribute(name, value);
   }
 
-  function drawHeatmap(holder, { layers, experts, width }) {
-    const left = 58, side = 84, top = 20;
-    const wide = (width - left - side) / experts;
-    const tall = clamp(wide, layers.length > 20 ? 10 : 18, layers.length <= 5 ? 42 : 28);
-    const height = top + tall * layers.length + 4;
-    const gap = wide > 5 ? 1.5 : wide > 3 ? 0.5 : 0;
-    const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img" });
-    const every = ticks(0, experts - 1, Math.max(2, Math.min(experts, (width - left - side) / 40)), true).step;
-    for (let expert = 0; expert < experts; expert += every) {
-      root.append(svg("text", { x: left + wide * (expert + 0.5), y: 13, "text-anchor": "middle" }, String(expert)));
-    }
-    root.append(svg("text", { x: left - 8, y: 13, "text-anchor": "end" }, "expert"));
-    root.append(svg("text", { x: width, y: 13, "text-anchor": "end" }, "max violation"));
-    const rows = layers.map((layer, i) => {
-      const y = top + tall * i, size = { y, width: Math.max(0.5, wide - gap), height: Math.max(1, tall - gap), rx: gap > 1 ? 2 : 0 };
-      const labelled = tall >= 12 || i % 2 === 0;
-      if (labelled) root.append(svg("text", { x: left - 8, y: y + tall / 2 + 4, "text-anchor": "end" }, `layer ${layer}`));
-      root.append(svg("rect", { class: "cell-bg", x: left, y, width: wide * experts - gap, height: size.height, rx: size.rx }));
-      const cells = Array.from({ length: experts }, (_, expert) =>
-        root.appendChild(svg("rect", { ...size, x: left + wide * expert, "data-row": i, "data-expert": expert })));
-      const bar = root.appendChild(svg("rect", { class: "vio", x: width - side + 8, y: y + tall * 0.25, height: tall * 0.5, width: 0, rx: 2 }));
-      const text = root.appendChild(svg("text", { x: width, y: y + tall / 2 + 4, "text-anchor": "end", visibility: labelled ? "visible" : "hidden" }));
-      return { cells, bar, text };
+  function point(holder, state, index, clientY) {
+    state.at = index;
+    const step = state.steps[index], place = holder.getBoundingClientRect();
+    const rows = state.shown.map((one) => {
+      if (!one.steps.length) return null;
+      const near = nearest(one.steps, step);
+      const value = state.kind === "stack" ? one.values[near] - one.low[near] : one.raw[near];
+      return tipRow(one.tone, one.name + (one.steps[near] === step ? "" : ` (step ${one.steps[near]})`), format(value, state.scale === "percent"));
     });
-    holder.replaceChildren(root);
-    let shown = [];
-    root.addEventListener("pointermove", (event) => {
-      const { row, expert } = event.target.dataset;
-      if (expert === undefined || !shown[row]) { hideTip(); return; }
-      const share = shown[row][expert];
-      showTip(event.clientX, event.clientY, [
-        el("div", { class: "muted" }, `layer ${layers[row]}, expert ${expert}`),
-        tipRow(null, "share of slots", format(share, true)),
-        tipRow(null, "of its fair share", `${(share * experts).toFixed(2)}×`),
-      ]);
-    });
-    root.addEventListener("pointerleave", hideTip);
-    return (load) => {
-      shown = load;
-      load.forEach((row, i) => paintRow(rows[i], row));
-      const worst = load.map(violation);
-      root.setAttribute("aria-label", `Expert load, ${layers.length} layers by ${experts} experts. Max violation: ${
-        layers.map((layer, i) => `layer ${layer} ${worst[i].toFixed(2)}`).join(", ")}`);
-    };
+    followPointer(state, step);
+    state.span.point(step, state);
+    showTip(place.left + state.x(step), clientY ?? place.top + 30, el("div", { class: "muted" }, `step ${whole(step)}`), rows);
   }
 
-  function paintRow({ cells, bar, text }, row) {
-    row.forEach((share, expert) => {
-      const ratio = share * row.length;
-      cells[expert].setAttribute("class", ratio >= 1 ? "cell over" : "cell under");
-      cells[expert].setAttribute("fill-opacity", clamp(Math.abs(Math.log2(Math.max(ratio, 1e-6))), 0, 1).toFixed(2));
+  // The line at a step and the dots on the curves there.
+  function followPointer(state, step) {
+    if (!state.layer) return;
+    state.layer.setAttribute("visibility", step === null ? "hidden" : "visible");
+    if (step === null || step < state.first || step > state.last) { state.layer.setAttribute("visibility", "hidden"); return; }
+    const marks = state.shown.filter((one) => one.steps.length).map((one) => {
+      const near = nearest(one.steps, step), value = one.values[near];
+      return known(value) && !(state.scale === "log" && value <= 0) ? svg("circle", { class: "dot", cx: state.x(one.steps[near]), cy: state.y(value), r: 3.6, style: { fill: one.tone } }) : "";
     });
-    const over = violation(row);
-    bar.setAttribute("width", (40 * clamp(over / 2, 0, 1)).toFixed(1));
-    text.textContent = over.toFixed(2);
+    state.layer.replaceChildren(svg("line", { class: "cross", x1: state.x(step), x2: state.x(step), y1: state.box.top, y2: state.box.bottom }), ...marks);
   }
 
-  return {
-    el, format, lineChart, barChart, heatmap, violation,
-    smooth: (amount) => { smoothing = amount; redraws.forEach((redraw) => redraw()); },
-  };
+  // ---- a chart in a card ------------------------------------------------------------------------------------------
+  const TABLE_ROWS = 60;
+
+  function card({ title, note, ...options }) {
+    const table = el("div", { class: "scroll fallback", hidden: true });
+    const button = el("button", { type: "button", class: "quiet", "aria-expanded": "false", "aria-label": `${title} as a table` }, "table");
+    const box = el("section", { class: "card chart-card", "aria-label": title }, el("header", {}, el("h3", {}, title), note ? el("span", { class: "muted small" }, note) : null, button));
+    button.addEventListener("click", () => {
+      table.hidden = !table.hidden;
+      button.setAttribute("aria-expanded", String(!table.hidden));
+      if (!table.hidden) table.replaceChildren(asTable(title, options));
+    });
+    chart(box, { label: title, ...options });
+    box.append(table);
+    return box;
+  }
+
+  function asTable(title, { series, scale, span }) {
+    const [from, to] = span?.zoom || [-Infinity, Infinity];
+    const all = [...new Set(series.flatMap((one) => one.steps))].filter((step) => step >= from && step <= to).sort((a, b) => a - b);
+    const every = Math.ceil(all.length / TABLE_ROWS), steps = all.filter((_, i) => i % every === 0 || i === all.length - 1);
+    const columns = series.map((one) => new Map(one.steps.map((step, i) => [step, one.values[i]])));
+    const caption = every > 1 ? `${title}, every ${every}th of ${whole(all.length)} steps` : title;
+    return el("table", {}, el("caption", {}, caption), el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "step"), series.map((one) => el("th", { scope: "col", class: "num" }, one.name)))),
+      el("tbody", {}, steps.map((step) => el("tr", {}, el("th", { scope: "row" }, whole(step)), columns.map((column) => el("td", { class: "num" }, column.has(step) ? format(column.get(step), scale === "percent") : ""))))));
+  }
+
+  // A curve without axes, for a line of text.
+  function spark({ steps, values }, tone = colour(0), [width, height] = [96, 24]) {
+    const finite = values.filter(known);
+    if (finite.length < 2) return null;
+    const low = Math.min(...finite), high = Math.max(...finite), first = steps[0], last = steps[steps.length - 1];
+    const x = (step) => 1 + ((step - first) / (last - first || 1)) * (width - 5), y = (value) => height - 3 - ((value - low) / (high - low || 1)) * (height - 6);
+    const end = values.reduce((at, value, i) => (known(value) ? i : at), 0);
+    return svg("svg", { class: "spark", width, height, viewBox: `0 0 ${width} ${height}`, "aria-hidden": "true" },
+      svg("path", { class: "line", d: pathOf(steps, values, x, y), style: { stroke: tone } }),
+      svg("circle", { cx: x(steps[end]), cy: y(values[end]), r: 2.4, style: { fill: tone } }));
+  }
+
+  return { Span, DASHES, chart, card, spark, smooth: (amount) => { smoothing = amount; redrawAll(); } };
 })();

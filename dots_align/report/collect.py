@@ -1,87 +1,81 @@
-"""A run directory (one stage, or a pipeline of them) gathered into the plain records the page is drawn from."""
+"""Run directories (of one stage, or of a pipeline of them) gathered into the plain records the page is drawn from."""
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dots_align.report.curves import Panel, Router, Series, choose_panels, read_curves, read_router, thin
-from dots_align.report.reading import as_number, as_text, checkpoint_step, embeddable, read_json, read_lines
-
-MAX_SAMPLES = 500  # per stage, the latest
-
-
-@dataclass
-class Evaluation:
-    """The samples of one checkpoint's eval.json. `label` says why it is shown: best, last, or its name."""
-
-    label: str
-    checkpoint: str
-    metrics: dict[str, float]
-    num_prompts: int | None
-    data: str
-    scorer: str
-    samples: list[dict[str, Any]]
-    total: int
+from dots_align.report.reading import as_number, as_text, read_json
+from dots_align.report.samples import Blobs
+from dots_align.report.stage import Stage, numbers, read_stage
 
 
 @dataclass
-class Stage:
-    """Everything the page shows of one stage. `summary` holds final values by short name (exact_match, loss, ...)."""
+class Verdict:
+    """One sentence about a run. `level` is good, flat, bad or open (nothing can be said yet)."""
 
-    name: str
-    kind: str
-    created: str = ""
-    version: str = ""
-    recipe_hash: str = ""
-    recipe: dict[str, Any] = field(default_factory=dict)
-    seconds: float | None = None
-    steps: int | None = None
-    best: str = ""
-    summary: dict[str, float | None] = field(default_factory=dict)
-    series: dict[str, Series] = field(default_factory=dict)
-    panels: list[Panel] = field(default_factory=list)
-    groups: list[Panel] = field(default_factory=list)
-    router: Router | None = None
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    samples_total: int = 0
-    evaluations: list[Evaluation] = field(default_factory=list)
+    level: str
+    text: str
 
 
 @dataclass
-class Report:
-    """The whole page. `start` is the exact match before any training, where the first stage measured it at step 0."""
+class Run:
+    """`start` is the exact match before any training, where the first stage measured it at step 0."""
 
     name: str
     stages: list[Stage]
     notices: list[str]
     export: str = ""
     start: float | None = None
+    verdict: Verdict = field(default_factory=lambda: Verdict("open", ""))
 
 
-def collect(run_dir: Path) -> Report:
-    """Reads `run_dir`; ValueError where it holds neither a stage run nor a pipeline."""
+@dataclass
+class Report:
+    """The whole page: one run, or several to compare. `blobs` are what `Stage`s name."""
+
+    runs: list[Run]
+    blobs: Blobs
+
+
+def collect(run_dirs: Sequence[Path]) -> Report:
+    """Reads the runs; ValueError where one holds neither a stage run nor a pipeline."""
+    blobs = Blobs()
+    runs = [read_run(Path(run_dir), blobs) for run_dir in run_dirs]
+    for run, name in zip(runs, _distinct_names([Path(run_dir).resolve() for run_dir in run_dirs]), strict=True):
+        run.name = name
+    return Report(runs, blobs)
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The directories' names, with as many parents as it takes to tell them apart."""
+    depth = 1
+    while depth < 4 and len({path.parts[-depth:] for path in paths}) < len(set(paths)):
+        depth += 1
+    return ["/".join(path.parts[-depth:]) for path in paths]
+
+
+def read_run(run_dir: Path, blobs: Blobs) -> Run:
+    """One run directory; ValueError where it holds neither a stage run nor a pipeline."""
     notices: list[str] = []
     if not run_dir.is_dir():
         raise ValueError(f"{run_dir} is not a directory: give the run directory that a stage or the pipeline wrote.")
     pipeline = read_json(run_dir / "pipeline.json", "pipeline.json", notices)
     found = _stage_dirs(run_dir)
     if (run_dir / "pipeline.json").is_file() or (found and not (run_dir / "run.json").is_file()):
-        stages = _pipeline_stages(run_dir, pipeline, found, notices)
+        stages = _pipeline_stages(run_dir, pipeline, found, notices, blobs)
     elif (run_dir / "run.json").is_file():
-        stages = [read_stage(run_dir, run_dir.resolve().name, notices)]
+        stages = [read_stage(run_dir, run_dir.resolve().name, notices, blobs)]
     else:
         raise ValueError(
             f"{run_dir} holds no run: expected run.json (one stage), pipeline.json, or sub-directories with a "
             "run.json. Give the output_dir of the recipe that was run."
         )
-    report = Report(run_dir.resolve().name, stages, notices, export=as_text(pipeline.get("export")))
-    report.start = _accuracy_at_start(stages)
-    return report
+    run = Run(run_dir.resolve().name, stages, notices, as_text(pipeline.get("export")), _accuracy_at_start(stages))
+    run.verdict = verdict(run)
+    return run
 
 
 def _stage_dirs(run_dir: Path) -> list[Path]:
@@ -91,7 +85,9 @@ def _stage_dirs(run_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: (created[path] == "", created[path], path.name))
 
 
-def _pipeline_stages(run_dir: Path, pipeline: dict[str, Any], found: list[Path], notices: list[str]) -> list[Stage]:
+def _pipeline_stages(
+    run_dir: Path, pipeline: dict[str, Any], found: list[Path], notices: list[str], blobs: Blobs
+) -> list[Stage]:
     """Stages in pipeline.json's order, then those it does not name yet (it is still running, or was killed)."""
     listed = pipeline.get("stages")
     entries = [entry for entry in listed if isinstance(entry, dict)] if isinstance(listed, list) else []
@@ -104,9 +100,9 @@ def _pipeline_stages(run_dir: Path, pipeline: dict[str, Any], found: list[Path],
             stage = Stage(name, name)
         else:
             seen.add(directory.resolve())
-            stage = read_stage(directory, name, notices)
+            stage = read_stage(directory, name, notices, blobs)
         stages.append(_add_pipeline_entry(stage, entry))
-    return stages + [read_stage(path, path.name, notices) for path in found if path.resolve() not in seen]
+    return stages + [read_stage(path, path.name, notices, blobs) for path in found if path.resolve() not in seen]
 
 
 def _find_stage(run_dir: Path, name: str, output_dir: Any) -> Path | None:
@@ -119,141 +115,36 @@ def _find_stage(run_dir: Path, name: str, output_dir: Any) -> Path | None:
 def _add_pipeline_entry(stage: Stage, entry: dict[str, Any]) -> Stage:
     """The pipeline's own measurements (of the checkpoint handed to the next stage) go before the last logged ones."""
     stage.seconds = as_number(entry.get("seconds")) or stage.seconds
-    for name, value in _numbers(entry.get("metrics")).items():
+    for name, value in numbers(entry.get("metrics")).items():
         stage.summary[name.removeprefix("eval/")] = value
     return stage
 
 
-def read_stage(directory: Path, name: str, notices: list[str]) -> Stage:
-    """One stage run; whatever is missing stays empty, whatever is broken becomes a notice."""
-    run = read_json(directory / "run.json", f"{name}/run.json", notices)
-    recipe = run.get("recipe")
-    stage = Stage(
-        name,
-        kind=as_text(run.get("stage")) or name,
-        created=as_text(run.get("created")),
-        version=as_text(run.get("version")),
-        recipe_hash=as_text(run.get("recipe_hash")),
-        recipe=embeddable(recipe) if isinstance(recipe, dict) else {},
-    )
-    evaluations = _read_evaluations(directory, name, notices)
-    _add_curves(stage, directory, evaluations, notices)
-    label = f"{name}/router.jsonl"
-    stage.router = read_router(read_lines(directory / "router.jsonl", label, notices), notices, label)
-    label = f"{name}/samples.jsonl"
-    stage.samples, stage.samples_total = _latest(read_lines(directory / "samples.jsonl", label, notices))
-    for line in read_lines(directory / "hooks.jsonl", f"{name}/hooks.jsonl", notices):
-        if line.get("status") != "done":
-            status = as_text(line.get("status")).replace("_", " ")
-            hook, error = as_text(line.get("hook")), as_text(line.get("error"))
-            notices.append(f"{name}: on_save hook {hook} {status} on checkpoint-{line['step']}: {error}.")
-    stage.best = _link_target(directory / "best")
-    stage.evaluations = _shown_evaluations(directory, evaluations)
-    return stage
-
-
-def _add_curves(stage: Stage, directory: Path, evaluations: dict[str, dict[str, Any]], notices: list[str]) -> None:
-    label = f"{stage.name}/metrics.jsonl"
-    curves = read_curves(read_lines(directory / "metrics.jsonl", label, notices), notices, label)
-    for name, points in _evaluation_points(evaluations).items():
-        curves.series.setdefault(name, thin(sorted(points.items())))
-    stage.series, stage.seconds, stage.steps = curves.series, curves.seconds, curves.last_step
-    stage.panels, stage.groups = choose_panels(stage.series)
-    stage.summary = {
-        "exact_match": _final(stage, "eval/exact_match"),
-        "stop_rate": _final(stage, "eval/stop_rate"),
-        "mean_length": _final(stage, "eval/mean_length"),
-    }
-    for panel in stage.panels:
-        # DPO's implicit rewards (rewards/chosen, ...) are curves, not a score to sum a stage up with
-        if panel.title in ("Loss", "Reward") and "/rewards/" not in panel.names[0]:
-            stage.summary[panel.title.lower()] = _final(stage, panel.names[0])
-
-
-def _final(stage: Stage, name: str) -> float | None:
-    values = [value for value in stage.series[name].values if value is not None] if name in stage.series else []
-    return values[-1] if values else None
-
-
-def _read_evaluations(directory: Path, name: str, notices: list[str]) -> dict[str, dict[str, Any]]:
-    """eval.json by checkpoint name, in the order of their steps; an eval.json of the run itself (`eval`) comes last."""
-    found = {}
-    for path in directory.glob("checkpoint-*/eval.json"):
-        if checkpoint_step(path.parent.name) is not None:
-            label = f"{name}/{path.parent.name}/eval.json"
-            found[path.parent.name] = read_json(path, label, notices)
-    ordered = dict(sorted(found.items(), key=lambda item: checkpoint_step(item[0]) or 0))
-    own = read_json(directory / "eval.json", f"{name}/eval.json", notices)
-    return {**ordered, name: own} if own else ordered
-
-
-def _evaluation_points(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[int, float | None]]:
-    """eval/<name> series from the checkpoints, for runs whose metrics.jsonl has none."""
-    series: dict[str, dict[int, float | None]] = {}
-    for checkpoint, evaluation in evaluations.items():
-        for name, value in _numbers(evaluation.get("metrics")).items():
-            series.setdefault(f"eval/{name}", {})[checkpoint_step(checkpoint) or 0] = value
-    return series
-
-
-def _shown_evaluations(directory: Path, evaluations: dict[str, dict[str, Any]]) -> list[Evaluation]:
-    """The best and the last checkpoint's, each once; the newest evaluated one where neither link leads to one."""
-    shown: dict[str, list[str]] = {}
-    for link in ("best", "last"):
-        target = _link_target(directory / link)
-        if evaluations.get(target):
-            shown.setdefault(target, []).append(link)
-    newest = next((name for name in reversed(evaluations) if evaluations[name]), None)
-    if not shown and newest:
-        shown[newest] = []
-    return [_evaluation(" and ".join(labels), name, evaluations[name]) for name, labels in shown.items()]
-
-
-def _evaluation(label: str, checkpoint: str, content: dict[str, Any]) -> Evaluation:
-    listed = content.get("samples")
-    samples = [item for item in listed if isinstance(item, dict)] if isinstance(listed, list) else []
-    prompts = as_number(content.get("num_prompts"))
-    return Evaluation(
-        label,
-        checkpoint,
-        metrics=_numbers(content.get("metrics")),
-        num_prompts=None if prompts is None else int(prompts),
-        data=as_text(content.get("data")),
-        scorer=as_text(content.get("scorer")),
-        samples=[_sample(item, reward="score") for item in samples[:MAX_SAMPLES]],
-        total=len(samples),
-    )
-
-
-def _latest(records: Iterable[dict[str, Any]]) -> tuple[list[dict[str, Any]], int]:
-    """(the latest MAX_SAMPLES samples, newest first; how many there are), without what a resume abandoned."""
-    kept: deque[dict[str, Any]] = deque(maxlen=MAX_SAMPLES)
-    total = 0
-    for record in records:
-        while kept and kept[-1]["step"] > record["step"]:
-            kept.pop()
-            total -= 1
-        kept.append({"step": record["step"], **_sample(record, reward="reward")})
-        total += 1
-    return list(reversed(kept)), total
-
-
-def _sample(record: dict[str, Any], reward: str) -> dict[str, Any]:
-    texts = {key: as_text(record.get(key)) for key in ("prompt", "response", "answer", "finish_reason")}
-    return {**texts, "reward": as_number(record.get(reward)), "rewards": _numbers(record.get("rewards"))}
-
-
-def _numbers(value: Any) -> dict[str, float]:
-    """The finite numbers of a mapping by name; empty for anything else."""
-    items = value.items() if isinstance(value, dict) else ()
-    return {str(name): number for name, item in items if (number := as_number(item)) is not None}
-
-
-def _link_target(link: Path) -> str:
-    """The checkpoint's name behind a `best` or `last` link, or "" where there is none."""
-    return Path(os.path.realpath(link)).name if link.is_symlink() and link.exists() else ""
-
-
 def _accuracy_at_start(stages: list[Stage]) -> float | None:
+    """Exact match before the first update, where the first stage has an evaluation at step 0."""
     series = stages[0].series.get("eval/exact_match") if stages else None
     return series.values[0] if series and series.steps[:1] == [0] else None
+
+
+def verdict(run: Run) -> Verdict:
+    """What somebody who reads one line should know."""
+    for stage in run.stages:
+        if stage.findings:
+            first = stage.findings[0]
+            when = "" if first.first_step is None else f", from step {first.first_step} on"
+            return Verdict("bad", f"{stage.name} went wrong: {first.title[0].lower()}{first.title[1:]}{when}.")
+    measured = [value for stage in run.stages if (value := stage.summary.get("exact_match")) is not None]
+    path = ([run.start] if run.start is not None else []) + measured
+    if len(path) >= 2:
+        level = "good" if path[-1] > path[0] else "flat"
+        way = "rose" if path[-1] > path[0] else "went"
+        return Verdict(level, f"Held-out exact match {way} from {path[0]:.1%} to {path[-1]:.1%}.")
+    for stage in reversed(run.stages):
+        went = stage.outcome
+        if went.verdict != "unknown":
+            name = went.measure.replace("/", " ").replace("_", " ")
+            level = "good" if went.verdict == "better" else "flat"
+            return Verdict(level, f"{name[0].upper()}{name[1:]} went from {went.start:.3g} to {went.end:.3g}.")
+    if path:
+        return Verdict("open", f"Held-out exact match is {path[0]:.1%}.")
+    return Verdict("open", "Too little is logged to tell how it went.")

@@ -1,35 +1,19 @@
-"""metrics.jsonl and router.jsonl as series the page can draw: resumes undone, long series thinned, panels chosen."""
+"""metrics.jsonl and router.jsonl as series the page can draw: resumes undone, long series thinned."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
+import sys
+from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from dots_align.report.reading import as_number
+from dots_align.report.samples import Blobs
 
-MAX_POINTS = 2_000  # per series
-MAX_SNAPSHOTS = 200  # positions of the expert-load slider
-MAX_LOADS = 400_000  # numbers in all snapshots of one stage: about 3 MB of page
-
-# Headline panels: (title, drawn as a percentage, patterns for the name behind `<stage>/`).
-# Of the patterns the first with a hit wins.
-PANELS: tuple[tuple[str, bool, tuple[str, ...]], ...] = (
-    ("Loss", False, (r"loss|eval_loss", r"\w+_loss")),
-    (
-        "Reward",
-        False,
-        (r"reward|reward[_/]mean|mean_reward", r"rewards/(chosen|rejected|margins)", r"rewards?/.+"),
-    ),
-    ("Accuracy", True, (r"exact_match|accuracy|accuracies|rewards/accuracies|mean_token_accuracy|token_accuracy",)),
-    (
-        "Response length (tokens)",
-        False,
-        (r"(\w+/)?(mean_)?(response_|completion_)?(mean_)?length([_/]mean)?",),
-    ),
-)
-AGREEMENT = "Train/rollout agreement"
+MAX_POINTS = 1_600  # per series
+MAX_SNAPSHOTS = 240  # positions of the expert-load slider
+MAX_LOADS = 1_000_000  # numbers in all snapshots of one stage, two bytes each
 
 
 @dataclass
@@ -43,18 +27,12 @@ class Series:
 
 
 @dataclass
-class Panel:
-    """A chart (headline) or a group of single-series charts (all metrics), by series name."""
-
-    title: str
-    names: list[str]
-    percent: bool = False
-
-
-@dataclass
 class Curves:
-    """What metrics.jsonl says. `seconds` adds up the time of every resume; `last_step` is None before any."""
+    """What metrics.jsonl says. `points` are all there are, `series` those that are drawn; `seconds` adds up the time of
+    every resume; `last_step` is None before any.
+    """
 
+    points: dict[str, list[tuple[int, float | None]]] = field(default_factory=dict)
     series: dict[str, Series] = field(default_factory=dict)
     seconds: float | None = None
     last_step: int | None = None
@@ -62,11 +40,15 @@ class Curves:
 
 @dataclass
 class Router:
-    """Expert load over a run: `violation` for every line of the file, `loads` (step -> [layers][experts]) thinned."""
+    """Expert load over a run: `violation` for every line of the file, the loads themselves of the `steps` kept.
+
+    `loads` names the blob of uint16 [step][layer][expert], each a share of its layer's slots in 65535ths.
+    """
 
     layers: list[int]
+    experts: int
     steps: list[int]
-    loads: list[list[list[float]]]
+    loads: str
     violation: dict[str, Series]
     total: int
 
@@ -90,7 +72,8 @@ def read_curves(records: Iterable[dict[str, Any]], notices: list[str], label: st
                 points.setdefault(name, {})[step] = as_number(value)
     for name, values in sorted(points.items()):
         _note_gaps(name, values, notices, label)
-        curves.series[name] = thin(sorted(values.items()))
+        curves.points[name] = sorted(values.items())
+        curves.series[name] = thin(curves.points[name])
     curves.seconds = None if clock is None else earlier_seconds + clock
     curves.last_step = max((step for values in points.values() for step in values), default=None)
     return curves
@@ -124,36 +107,7 @@ def thin(points: list[tuple[int, float | None]]) -> Series:
     return Series([step for step, _ in kept], values, len(points))
 
 
-def choose_panels(series: Mapping[str, Series]) -> tuple[list[Panel], list[Panel]]:
-    """(headline panels, groups of every other metric) for the metrics of one stage."""
-    names = sorted(series)
-    headline = []
-    for title, percent, patterns in PANELS:
-        hits: list[str] = []
-        for pattern in patterns:
-            hits = hits or [name for name in names if re.fullmatch(pattern, name.partition("/")[2] or name)]
-        if hits:
-            hits.sort(key=lambda name: name.startswith("eval/"))
-            headline.append(Panel(title, hits, percent and all(_is_share(series[name]) for name in hits)))
-    shown = {name for panel in headline for name in panel.names}
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        if name not in shown:
-            groups.setdefault(_group(name), []).append(name)
-    ordered = sorted(groups.items(), key=lambda item: (item[0] != AGREEMENT, item[0]))
-    return headline, [Panel(title, members) for title, members in ordered]
-
-
-def _is_share(series: Series) -> bool:
-    return all(0 <= value <= 1 for value in series.values if value is not None)
-
-
-def _group(name: str) -> str:
-    room, _, tail = name.partition("/")
-    return AGREEMENT if tail.startswith("agreement_") else (room if tail else "other")
-
-
-def read_router(records: Iterable[dict[str, Any]], notices: list[str], label: str) -> Router | None:
+def read_router(records: Iterable[dict[str, Any]], notices: list[str], label: str, blobs: Blobs) -> Router | None:
     """Expert load per layer; None where the run routed nothing (or logged nothing yet)."""
     by_step: dict[int, tuple[list[int], list[list[float]]]] = {}
     misshapen = 0
@@ -172,19 +126,22 @@ def read_router(records: Iterable[dict[str, Any]], notices: list[str], label: st
     layers, latest = by_step[max(by_step)]
     shape = (layers, len(latest[0]))
     history = [(step, load) for step, (at, load) in sorted(by_step.items()) if (at, len(load[0])) == shape]
-    return _router(layers, history)
+    return _router(layers, history, blobs)
 
 
-def _router(layers: list[int], history: list[tuple[int, list[list[float]]]]) -> Router:
+def _router(layers: list[int], history: list[tuple[int, list[list[float]]]], blobs: Blobs) -> Router:
     worst = [(step, max(map(max_violation, load))) for step, load in history]
     mean = [(step, sum(map(max_violation, load)) / len(load)) for step, load in history]
     size = len(layers) * len(history[0][1][0])
     room = min(len(history), MAX_SNAPSHOTS, max(2, MAX_LOADS // size))
     kept = [history[round(index * (len(history) - 1) / max(1, room - 1))] for index in range(room)]
     kept[-1] = history[-1]
-    loads = [[[float(f"{share:.4g}") for share in row] for row in load] for _, load in kept]
+    shares = array("H", (min(65535, round(65535 * max(0.0, s))) for _, load in kept for row in load for s in row))
+    if sys.byteorder == "big":
+        shares.byteswap()
     violation = {"worst layer": thin(list(worst)), "mean of layers": thin(list(mean))}
-    return Router(layers, [step for step, _ in kept], loads, violation, len(history))
+    steps = [step for step, _ in kept]
+    return Router(layers, len(history[0][1][0]), steps, blobs.add(shares.tobytes()), violation, len(history))
 
 
 def _loads(record: dict[str, Any]) -> tuple[list[int], list[list[float]]] | None:

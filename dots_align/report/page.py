@@ -1,4 +1,4 @@
-"""The report page: a template with style, script and the run's data inlined, so that it opens anywhere, offline."""
+"""The report page: a template with style, script and the runs' data inlined, so that it opens anywhere, offline."""
 
 from __future__ import annotations
 
@@ -8,38 +8,60 @@ import html
 import json
 import os
 import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from dots_align.report.collect import Report, collect
 
-SCRIPTS = ("charts.js", "report.js")
+BASE_SCRIPTS = ("base.js", "charts.js", "heatmap.js")  # what any page of this look needs
+SCRIPTS = (*BASE_SCRIPTS, "samples.js", "report.js")
 
 
-def write_report(run_dir: Path, output: Path | None = None) -> Path:
-    """Writes one self-contained HTML page about `run_dir` and returns its path (default `<run_dir>/report.html`).
+def write_report(run_dirs: Path | Sequence[Path], output: Path | None = None) -> Path:
+    """Writes one self-contained HTML page about a run, or about several to compare, and returns its path.
 
-    `run_dir` is a stage run (run.json) or a pipeline directory whose sub-directories are. Unfinished runs are fine.
+    A run directory is a stage run (run.json) or a pipeline directory whose sub-directories are. Unfinished runs are
+    fine. By default the page is `report.html` in the run directory; of several runs, `compare.html` where they lie.
     Raises ValueError where there is no run to report on, or where `output` cannot be a file.
     """
-    run_dir = Path(run_dir)
-    output = run_dir / "report.html" if output is None else Path(output)
+    paths = [Path(run_dirs)] if isinstance(run_dirs, (str, Path)) else [Path(path) for path in run_dirs]
+    if output is None:
+        inside = paths[0] if len(paths) == 1 else Path(os.path.commonpath([path.resolve() for path in paths]))
+        output = inside / ("report.html" if len(paths) == 1 else "compare.html")
+    output = Path(output)
     if output.is_dir():
         raise ValueError(f"{output} is a directory: name the file to write, for example {output / 'report.html'}.")
-    page = render(collect(run_dir))
-    _write_atomically(output, page)
+    write_atomically(output, render(collect(paths)))
     return output
 
 
 def render(report: Report) -> bytes:
     """The page as UTF-8."""
-    script = "\n".join(_asset(name) for name in SCRIPTS)
+    title = " · ".join(run.name for run in report.runs)
+    return render_page(f"{title} · dots_align report", {"runs": report.runs}, SCRIPTS, report.blobs.content)
+
+
+def render_page(title: str, data: Mapping[str, Any], scripts: Sequence[str], blobs: Mapping[str, str]) -> bytes:
+    """Any page of this look, as UTF-8.
+
+    Args:
+        data: what the script finds as JSON; dataclasses are written as objects.
+        scripts: files of this package, in the order in which they run.
+        blobs: compressed data by element id, as `Blobs` makes it.
+    """
+    script = "\n".join(_asset(name) for name in scripts)
+    generated = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     parts = {
-        "title": html.escape(f"{report.name} · dots_align report"),
+        "title": html.escape(title),
         "policy": _content_policy(script),
         "style": _asset("report.css"),
-        "data": _script_safe_json(report),
+        "data": _script_safe_json({"generated": generated, **data}),
+        "blobs": "\n".join(
+            f'<script type="application/gzip" id="{name}">{text}</script>' for name, text in blobs.items()
+        ),
         "script": script,
     }
     # One pass over the template: a `{{script}}` inside the data is data and stays as it is.
@@ -62,16 +84,15 @@ def _content_policy(script: str) -> str:
     )
 
 
-def _script_safe_json(report: Report) -> str:
+def _script_safe_json(content: Mapping[str, Any]) -> str:
     """JSON that cannot end its <script> element nor open a comment: no <, > or & survives unescaped."""
-    content = {"generated": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"), **vars(report)}
     text = json.dumps(content, default=vars, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     for character in "<>&\u2028\u2029":
         text = text.replace(character, f"\\u{ord(character):04x}")
     return text
 
 
-def _write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes) -> None:
     """A reader (or a killed process) never meets half a page."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")

@@ -1,235 +1,286 @@
-// Lays out the page from the JSON the run left in it. Everything a model wrote goes through text nodes, never through HTML.
+// Lays out the report from the JSON the runs left in it: the verdict, then a section for each stage (of several runs, the
+// same stage of each drawn over one another).
 (() => {
-  const root = document.documentElement;
-  const errors = [];
-  function fail(message) {
-    errors.push(String(message));
-    root.dataset.errors = errors.join(" | ");
-  }
-  window.onerror = (message) => { fail(message); };
-  window.addEventListener("unhandledrejection", (event) => fail(event.reason));
-  document.addEventListener("securitypolicyviolation", (event) => fail(`blocked ${event.violatedDirective}`));
-
-  const { el, format } = Charts;
-  const data = JSON.parse(document.getElementById("data").textContent);
+  const { el, svg, section, collapsible, segmented, known, clamp, whole, count, colour, format, duration, tipRow, keepDrawn, bytesOf, fail } = Base;
+  const { runs, generated } = Base.data();
   const page = document.getElementById("page");
-  const PAGE_ROWS = 25;
-
-  // One broken section must not take the rest of the page with it.
-  function section(host, build) {
-    try {
-      const node = build();
-      if (node) host.append(node);
-    } catch (error) {
-      fail(error.message);
-      host.append(el("div", { class: "notice" }, `This part could not be drawn: ${error.message}`));
-    }
-  }
+  const many = runs.length > 1;
+  const pending = [];
+  const CHECKS = [["numbers", "numbers"], ["grader", "grader"], ["router_shift", "router"], ["mismatch", "mismatch"], ["data", "data"], ["length", "length"], ["zero_variance", "groups"], ["step_size", "step size"], ["hacking", "held-out"]];
 
   // ---- words ------------------------------------------------------------------------------------------------------
-  function duration(seconds) {
-    if (seconds === null) return "–";
-    const whole = Math.round(seconds), hours = Math.floor(whole / 3600), minutes = Math.floor((whole % 3600) / 60);
-    if (hours) return `${hours} h ${minutes} min`;
-    return minutes ? `${minutes} min ${whole % 60} s` : `${seconds < 10 ? +seconds.toFixed(1) : whole} s`;
+  const moment = (text) => text.replace("T", " ").replace(/(:\d\d)(:\d\d)?(\.\d+)?Z$/, "$1 UTC");
+  const short = (name) => name.replace(/^eval\//, "held-out ").replace(/^[\w.-]+\//, "").replaceAll("_", " ");
+  const tone = (run) => colour(runs.indexOf(run));
+  const runDot = (run) => (many ? el("i", { class: "run-dot", style: { background: tone(run) } }) : null);
+
+  // A slot is a stage of the page: one stage of one run, or the stages of that kind of all runs.
+  function slots() {
+    if (!many) return runs[0].stages.map((stage) => ({ name: stage.name, entries: [{ run: runs[0], stage }] }));
+    const found = new Map();
+    for (const run of runs) {
+      const seen = {};
+      for (const stage of run.stages) {
+        seen[stage.kind] = (seen[stage.kind] || 0) + 1;
+        const name = seen[stage.kind] > 1 ? `${stage.kind} ${seen[stage.kind]}` : stage.kind;
+        if (!found.has(name)) found.set(name, []);
+        found.get(name).push({ run, stage });
+      }
+    }
+    return [...found].map(([name, entries]) => ({ name, entries }));
   }
 
-  const moment = (text) => text.replace(/^(\d{4}-\d\d-\d\d)T(\d\d:\d\d)(:[\d.]+)?Z$/, "$1 $2 UTC");
-  const count = (number, noun) => `${number.toLocaleString("en-US")} ${noun}${number === 1 ? "" : "s"}`;
-  const chartName = (name) => name.replace(/^(eval)\//, "held-out ").replaceAll("_", " ");
-  const known = (value) => value !== null && value !== undefined;
+  const SLOTS = slots();
+  SLOTS.forEach((slot, i) => { slot.id = `stage-${i}`; slot.span = new Charts.Span(); });
+  const slotOf = (stage) => SLOTS.find((slot) => slot.entries.some((entry) => entry.stage === stage));
 
-  function facts(stage) {
-    const s = stage.summary;
-    return [
-      ["Exact match", known(s.exact_match) && format(s.exact_match, true), "held-out"],
-      ["Stop rate", known(s.stop_rate) && format(s.stop_rate, true), "ended in time"],
-      ["Mean length", known(s.mean_length) && format(s.mean_length), "tokens a response"],
-      ["Loss", known(s.loss) && format(s.loss), "final"],
-      ["Reward", known(s.reward) && format(s.reward), "final"],
-      ["Steps", known(stage.steps) && stage.steps.toLocaleString("en-US"), "last logged"],
-      ["Time", known(stage.seconds) && duration(stage.seconds), "wall clock"],
-      ["Best checkpoint", stage.best.replace(/^checkpoint-/, "step "), "by held-out score"],
-    ];
+  // ---- the top ----------------------------------------------------------------------------------------------------
+  const EYEBROW = { good: "went well", flat: "no clear gain", bad: "went wrong", open: "report" };
+
+  function headline() {
+    const box = el("header", { class: "hero" });
+    for (const run of runs) {
+      const stages = run.stages.length, seconds = run.stages.reduce((sum, stage) => sum + (stage.seconds || 0), 0), version = run.stages.find((stage) => stage.version)?.version;
+      const facts = [run.stages[0]?.created && `started ${moment(run.stages[0].created)}`, seconds && duration(seconds), version && `dots_align ${version}`, run.export && `exported to ${run.export}`];
+      box.append(el("div", { class: `verdict ${run.verdict.level}` },
+        el("p", { class: "eyebrow" }, el("i", { class: "light" }), runDot(run), el("b", {}, run.name), stages > 1 ? ` · ${run.stages.map((stage) => stage.name).join(" → ")}` : "", el("span", { class: "state" }, EYEBROW[run.verdict.level])),
+        el(many ? "h2" : "h1", {}, run.verdict.text),
+        el("p", { class: "muted meta" }, facts.filter(Boolean).join("  ·  "))));
+    }
+    const path = stairs();
+    return path ? el("div", { class: "top-grid" }, box, path) : box;
   }
 
-  // ---- header and summary -----------------------------------------------------------------------------------------
-  function header() {
-    const created = data.stages.map((stage) => stage.created).filter(Boolean).sort()[0];
-    const versions = [...new Set(data.stages.map((stage) => stage.version).filter(Boolean))];
-    const meta = [
-      data.stages.length ? data.stages.map((stage) => (data.stages.length > 1 ? stage.name : stage.kind)).join(" → ") : "no stages yet",
-      created && `started ${moment(created)}`,
-      versions.length && `dots_align ${versions.join(", ")}`,
-      data.export && `export ${data.export}`,
-      `report written ${moment(data.generated)}`,
-    ];
-    return el("div", { class: "title" }, el("h1", {}, data.name), el("div", { class: "meta" }, ...meta.filter(Boolean).map((text) => el("span", {}, text))));
+  // Exact match from stage to stage, a dot for each.
+  function stairs() {
+    const lines = runs.map((run) => ({ run, dots: [...(known(run.start) ? [["start", run.start]] : []), ...run.stages.filter((stage) => known(stage.summary.exact_match)).map((stage) => [stage.name, stage.summary.exact_match])] })).filter((line) => line.dots.length > 1);
+    if (!lines.length) return null;
+    const holder = el("div", { class: "chart" }), said = lines.map((line) => `${many ? `${line.run.name}: ` : ""}${line.dots.map(([name, value]) => `${name} ${format(value, true)}`).join(", ")}`).join("; ");
+    keepDrawn(holder, (width) => {
+      const height = 168, most = Math.max(...lines.map((line) => line.dots.length));
+      const x = (i) => 34 + (i / (most - 1)) * (width - 68), y = (value) => 132 - value * 96;
+      const root = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, role: "img", "aria-label": `Held-out exact match: ${said}` });
+      for (const value of [0, 0.5, 1]) root.append(svg("line", { class: "gridline", x1: 0, x2: width, y1: y(value), y2: y(value) }));
+      for (const { run, dots } of lines) {
+        root.append(svg("path", { class: "stair", d: dots.map(([, value], i) => `${i ? "L" : "M"}${x(i)} ${y(value)}`).join(""), style: { stroke: tone(run) } }));
+        dots.forEach(([name, value], i) => root.append(svg("circle", { class: "bead", cx: x(i), cy: y(value), r: 7, style: { fill: tone(run) } }),
+          many ? "" : svg("text", { class: "strong", x: x(i), y: y(value) - 15, "text-anchor": "middle" }, format(value, true)),
+          lines.length > 1 && run !== lines[0].run ? "" : svg("text", { x: x(i), y: height - 12, "text-anchor": "middle" }, name)));
+      }
+      holder.replaceChildren(root);
+    });
+    return el("section", { class: "card stairs" }, el("header", {}, el("h3", {}, "Held-out exact match")), holder);
   }
 
   function notices() {
-    if (!data.notices.length) return null;
-    return el("div", { class: "notice", role: "note" }, el("strong", {}, "While reading this run"), el("ul", {}, ...data.notices.map((text) => el("li", {}, text))));
+    const said = runs.flatMap((run) => run.notices.map((text) => (many ? `${run.name}: ${text}` : text)));
+    return said.length ? el("div", { class: "notice", role: "note" }, el("b", {}, "Worth knowing"), el("ul", {}, said.map((text) => el("li", {}, text)))) : null;
   }
 
-  function summary() {
-    const bars = data.stages.filter((stage) => known(stage.summary.exact_match)).map((stage) => ({ name: stage.name, value: stage.summary.exact_match }));
-    if (bars.length && known(data.start)) bars.unshift({ name: "start", value: data.start, muted: true });
-    const withChart = bars.length > 1;
-    const grid = el("div", { class: `grid summary${withChart ? "" : " alone"}` });
-    if (withChart) {
-      const card = el("section", { class: "card", id: "accuracy" }, el("h3", {}, "Accuracy through the pipeline"), el("p", { class: "muted small" }, "held-out exact match after each stage"));
-      grid.append(card);
-      Charts.barChart(card, { bars, label: "Held-out exact match" });
-    }
-    if (data.stages.length > 1) grid.append(stageTable());
-    return grid.childNodes.length ? grid : null;
-  }
-
-  function stageTable() {
-    const columns = facts(data.stages[0]).map(([name]) => name);
-    const used = columns.filter((_, i) => data.stages.some((stage) => facts(stage)[i][1]));
-    const head = el("tr", {}, el("th", { scope: "col" }, "Stage"), ...used.map((name) => el("th", { scope: "col", class: name === "Best checkpoint" ? null : "num" }, name)));
-    let before = data.start;
-    const rows = data.stages.map((stage) => {
-      const values = Object.fromEntries(facts(stage));
-      const cells = used.map((name) => el("td", { class: name === "Best checkpoint" ? null : "num" }, values[name] || "–"));
-      const now = stage.summary.exact_match;
-      if (known(now) && known(before) && used[0] === "Exact match") {
-        const points = +((now - before) * 100).toFixed(1);
-        cells[0].append(el("div", { class: `small ${points > 0 ? "up" : points < 0 ? "down" : "muted"}` }, `${points > 0 ? "+" : points < 0 ? "−" : "±"}${Math.abs(points)} pts`));
-      }
-      before = known(now) ? now : before;
-      return el("tr", {}, el("td", {}, el("a", { href: `#${anchor(stage)}` }, stage.name)), ...cells);
-    });
-    return el("section", { class: "card" }, el("h3", {}, "Stages"), el("div", { class: "scroll" }, el("table", { id: "stages" }, el("thead", {}, head), el("tbody", {}, ...rows))));
-  }
-
-  const anchor = (stage) => `stage-${data.stages.indexOf(stage)}`;
-
-  // ---- one stage --------------------------------------------------------------------------------------------------
-  function stageSection(stage) {
-    const box = el("section", { class: "stage", id: anchor(stage), "aria-label": stage.name });
-    const when = [stage.created && `started ${moment(stage.created)}`, stage.recipe_hash && `recipe ${stage.recipe_hash.slice(0, 12)}`];
-    if (data.stages.length > 1) box.append(el("div", { class: "stage-head" }, el("h2", {}, stage.name), stage.kind !== stage.name ? el("span", { class: "tag" }, stage.kind) : null,
-      ...when.filter(Boolean).map((text) => el("span", { class: "muted small" }, text))));
-    for (const build of [tiles, curves, experts, samples, evaluations, allMetrics, recipe]) section(box, () => build(stage));
+  // ---- autopsy ----------------------------------------------------------------------------------------------------
+  function autopsies() {
+    const ill = runs.flatMap((run) => run.stages.filter((stage) => stage.findings.length).map((stage) => ({ run, stage })));
+    const box = el("section", { class: `card autopsy ${ill.length ? "ill" : "well"}`, "aria-label": "Autopsy" });
+    const looked = runs.some((run) => run.stages.some((stage) => stage.outcome.verdict !== "unknown"));
+    if (!ill.length && !looked) return null;
+    const seen = new Set(ill.flatMap(({ stage }) => stage.findings.map((finding) => finding.cause)));
+    const checks = el("ul", { class: "checks", "aria-label": "causes looked for" }, CHECKS.map(([cause, name]) => el("li", { class: seen.has(cause) ? "bad" : "" }, el("i", { "aria-hidden": "true" }, seen.has(cause) ? "✕" : "✓"), name, el("span", { class: "unseen" }, seen.has(cause) ? ": found" : ": nothing found"))));
+    box.append(el("header", {}, el("h3", {}, "Autopsy"), el("span", { class: "muted small" }, ill.length ? "the likely cause, and what followed" : "no known cause of failure shows"), checks));
+    ill.forEach(({ run, stage }) => stage.findings.forEach((finding, i) => box.append(findingOf(run, stage, finding, i === 0))));
     return box;
   }
 
-  function tiles(stage) {
-    const shown = facts(stage).filter(([, value]) => value);
-    if (!shown.length) return el("div", { class: "card empty" }, "Nothing measured yet.");
-    return el("div", { class: "card tiles" }, ...shown.map(([name, value, note]) => el("div", { class: "tile" }, el("span", {}, name), el("b", value.length > 9 ? { class: "long", title: value } : {}, value), el("span", {}, note))));
+  function findingOf(run, stage, finding, first) {
+    const shown = finding.series.filter((name) => stage.series[name]).slice(0, 3);
+    const steps = stage.steps || 1, around = known(finding.first_step) ? [clamp(Math.round(finding.first_step - steps * 0.12), 0, steps), clamp(Math.round(finding.first_step + steps * 0.2), 1, steps)] : null;
+    const look = () => { const slot = slotOf(stage); slot.span.set(around && around[1] > around[0] ? around : null); document.getElementById(slot.id).scrollIntoView(); };
+    return el("article", { class: `finding${first ? " first" : ""}` },
+      el("div", {}, el("p", { class: "eyebrow" }, runDot(run), many ? `${run.name} · ` : "", stage.name, known(finding.first_step) ? ` · from step ${whole(finding.first_step)}` : "", first ? el("span", { class: "state" }, "likely cause") : el("span", { class: "muted" }, " · also seen")),
+        el("h4", {}, finding.title), el("ul", {}, finding.evidence.map((text) => el("li", {}, text))), el("p", { class: "advice" }, finding.advice),
+        el("button", { type: "button", onclick: look }, "Look at these steps")),
+      el("div", { class: "exhibits" }, shown.map((name) => {
+        const cell = el("div", {}, el("div", { class: "mini" }, short(name)));
+        Charts.chart(cell, { series: [{ ...stage.series[name], name: short(name), tone: "var(--bad)" }], label: short(name), height: 104, legend: false, marker: finding.first_step });
+        return cell;
+      })));
   }
 
-  const pick = (stage, names) => names.map((name) => ({ ...stage.series[name], name: chartName(name) }));
-
-  function curves(stage) {
-    if (!stage.panels.length) return null;
-    const grid = el("div", { class: `grid curves${stage.panels.length === 3 ? " three" : ""}` });
-    for (const panel of stage.panels) {
-      const card = el("section", { class: "card" }, el("h3", {}, panel.title));
-      grid.append(card);
-      Charts.lineChart(card, { series: pick(stage, panel.names), label: panel.title, percent: panel.percent, legend: true });
-    }
-    const thinned = Object.values(stage.series).filter((series) => series.total > series.steps.length);
-    if (!thinned.length) return grid;
-    const most = thinned.reduce((a, b) => (a.total > b.total ? a : b));
-    const note = `Long curves are thinned: ${most.steps.length.toLocaleString("en-US")} of ${most.total.toLocaleString("en-US")} points, the lowest and the highest of each stretch.`;
-    return el("div", {}, grid, el("p", { class: "muted small", style: { marginTop: "8px" } }, note));
+  // ---- a stage ----------------------------------------------------------------------------------------------------
+  function stageSection(slot) {
+    const box = el("section", { class: "stage", id: slot.id, "aria-label": slot.name, tabindex: -1 });
+    const chip = el("button", { type: "button", class: "chip", hidden: true, onclick: () => slot.span.set(null) });
+    slot.span.watchers.push((zoom) => { chip.hidden = !zoom; if (zoom) chip.textContent = `steps ${whole(zoom[0])}–${whole(zoom[1])} ✕`; });
+    box.append(el("div", { class: "stage-head" }, el("h2", {}, slot.name), slot.entries.map(({ run, stage }) => provenance(run, stage)), chip));
+    for (const build of [facts, curves, experts, samples, allMetrics, recipe]) section(box, () => build(slot));
+    return box;
   }
 
-  function experts(stage) {
-    const router = stage.router;
-    if (!router) return null;
-    const last = router.steps.length - 1, width = router.loads[0][0].length;
-    const slider = el("input", { type: "range", min: 0, max: last, value: last, "aria-label": "step of the expert load", disabled: last === 0 });
-    const output = el("output", { class: "num" });
-    const said = el("p", { class: "muted small" });
-    const left = el("div", {}, el("div", { class: "slider" }, el("span", { class: "small muted" }, "step"), slider, output));
-    const right = el("div", {}, el("h3", {}, "Max violation over the run"));
-    const map = Charts.heatmap(left, { layers: router.layers, experts: width });
-    left.append(el("div", { class: "scale" }, "half its fair share or less", el("i"), "double or more"));
-    const chart = Charts.lineChart(right, { series: Object.entries(router.violation).map(([name, one]) => ({ ...one, name })), label: "Max violation", height: 190 });
-    right.append(said);
-    const show = () => {
-      const at = +slider.value, load = router.loads[at], over = load.map(Charts.violation);
-      const worst = over.indexOf(Math.max(...over));
-      map.show(load);
-      chart.mark(router.steps[at]);
-      output.textContent = `${router.steps[at].toLocaleString("en-US")} (${at + 1} of ${last + 1})`;
-      said.textContent = `At this step: worst ${over[worst].toFixed(2)} (layer ${router.layers[worst]}), mean of layers ${(over.reduce((a, b) => a + b, 0) / over.length).toFixed(2)}. ` +
-        "Max violation is the busiest expert's load over the mean load, minus 1: 0 is perfect balance.";
-    };
-    slider.addEventListener("input", show);
-    show();
-    const thinned = router.total > router.steps.length ? `, ${router.steps.length} of ${router.total} snapshots kept` : "";
-    return el("section", { class: "card" }, el("h3", {}, "Expert load ", el("span", { class: "muted small" }, `${count(router.layers.length, "MoE layer")} × ${count(width, "expert")}${thinned}`)),
-      el("div", { class: `grid experts${width > 32 ? " wide" : ""}` }, left, right));
+  function provenance(run, stage) {
+    const told = [many ? run.name : stage.kind !== stage.name && stage.kind, stage.recipe_hash && `recipe ${stage.recipe_hash.slice(0, 8)}`, stage.data_hash && `data ${stage.data_hash.slice(0, 8)}`];
+    return el("span", { class: "muted small mono" }, runDot(run), told.filter(Boolean).join("  "));
   }
 
-  function samples(stage) {
-    if (!stage.samples.length) return null;
-    const capped = stage.samples_total > stage.samples.length ? `the latest ${stage.samples.length} of ${stage.samples_total.toLocaleString("en-US")}` : "latest steps first";
-    const card = el("section", { class: "card" }, el("h3", {}, "Sampled answers ", el("span", { class: "muted small" }, capped)));
-    sampleTable(card, stage.samples, { score: "Reward", steps: true });
-    return card;
+  function facts(slot) {
+    const rows = slot.entries.map(({ run, stage }) => {
+      const { summary } = stage, line = (name) => stage.series[name];
+      const values = [
+        ["exact match", known(summary.exact_match) && format(summary.exact_match, true), line("eval/exact_match"), stage.best && `best: ${stage.best}`],
+        ["reward", known(summary.reward) && format(summary.reward), line(`${stage.kind}/reward`)],
+        ["loss", known(summary.loss) && format(summary.loss), line(`${stage.kind}/loss`)],
+        ["length", known(summary.mean_length) && format(summary.mean_length), line(`${stage.kind}/response_length`) || line("eval/mean_length"), "tokens"],
+        ["ends by itself", known(summary.stop_rate) && format(summary.stop_rate, true), line("eval/stop_rate")],
+        ["steps", known(stage.steps) && whole(stage.steps)], ["time", duration(stage.seconds)],
+      ].filter(([, value]) => value);
+      if (!values.length) return el("div", { class: "card empty" }, many ? `${run.name}: nothing measured yet.` : "Nothing measured yet.");
+      return el("div", { class: "card tiles" }, many ? el("div", { class: "tile who" }, runDot(run), run.name) : null, values.map(([name, value, series, note]) => el("div", { class: "tile" },
+        el("span", {}, name), el("b", {}, value), (series && Charts.spark(series, many ? tone(run) : colour(0))) || el("span", { class: "note", title: note }, note || ""))));
+    });
+    return el("div", { class: "facts-of-stage" }, rows);
   }
 
-  function evaluations(stage) {
-    const shown = stage.evaluations.filter((one) => one.samples.length);
-    if (!shown.length) return null;
-    const details = collapsible("Evaluation samples", shown.map((one) => one.checkpoint).join(", "));
-    const holder = el("div");
-    const draw = (one) => {
-      const measured = Object.entries(one.metrics).map(([name, value]) => `${name.replaceAll("_", " ")} ${format(value, /exact_match|rate/.test(name))}`);
-      const about = [known(one.num_prompts) && count(one.num_prompts, "prompt"), one.data, one.scorer && `scored by ${one.scorer}`, ...measured,
-        one.total > one.samples.length && `first ${one.samples.length} of ${count(one.total, "sample")}`];
-      holder.replaceChildren(el("p", { class: "muted small" }, about.filter(Boolean).join(" · ")));
-      sampleTable(holder, one.samples, { score: "Score", steps: false });
-    };
-    if (shown.length > 1) {
-      const select = el("select", {}, ...shown.map((one, i) => el("option", { value: i }, one.label ? `${one.label}: ${one.checkpoint}` : one.checkpoint)));
-      select.addEventListener("change", () => draw(shown[+select.value]));
-      details.append(el("label", { class: "tools" }, "Checkpoint", select));
-    }
-    details.append(holder);
-    draw(shown[0]);
-    return details;
+  // The series of some metrics: of one run a colour each, of several the run's colour and a dash for each metric.
+  function seriesOf(slot, names) {
+    if (slot.entries.length === 1 && !many) return names.map((name, i) => ({ ...slot.entries[0].stage.series[name], name: short(name), tone: colour(i) }));
+    return names.flatMap((name, i) => slot.entries.filter(({ stage }) => stage.series[name]).map(({ run, stage }) =>
+      ({ ...stage.series[name], name: names.length > 1 ? `${run.name}: ${short(name)}` : run.name, tone: tone(run), dash: Charts.DASHES[i % Charts.DASHES.length] })));
   }
 
-  function collapsible(title, note) {
-    return el("details", { class: "card" }, el("summary", {}, `${title} `, note ? el("span", { class: "muted" }, note) : null));
-  }
-
-  function allMetrics(stage) {
-    if (!stage.groups.length) return null;
-    const total = stage.groups.reduce((sum, group) => sum + group.names.length, 0);
-    const details = collapsible("All metrics", `${total} more, by name`);
-    for (const group of stage.groups) {
-      const grid = el("div", { class: "grid all" });
-      details.append(el("h3", {}, group.title), grid);
-      for (const series of pick(stage, group.names)) {
-        const latest = series.values.filter(known).slice(-1)[0];
-        const cell = el("div", {}, el("div", { class: "mini" }, series.name, el("span", { class: "num" }, format(latest))));
-        grid.append(cell);
-        Charts.lineChart(cell, { series: [series], label: series.name, height: 130 });
+  // Every panel that some run has, with the metrics of all.
+  function panelsOf(slot, which) {
+    const found = new Map();
+    for (const { stage } of slot.entries) {
+      for (const panel of stage[which]) {
+        const known = found.get(panel.title);
+        if (known) known.names = [...new Set([...known.names, ...panel.names])];
+        else found.set(panel.title, { ...panel, names: [...panel.names] });
       }
     }
-    return details;
+    return [...found.values()];
   }
 
-  function recipe(stage) {
-    const entries = Object.entries(stage.recipe);
+  function curves(slot) {
+    const panels = panelsOf(slot, "panels");
+    if (!panels.length) return null;
+    const grid = el("div", { class: "grid curves" });
+    for (const panel of panels) {
+      const stack = panel.kind === "stack" && !many, series = seriesOf(slot, panel.names);
+      grid.append(Charts.card({ title: panel.title, note: stack ? `${panel.note}${shares(series)}` : panel.note, series, span: slot.span, scale: panel.scale, kind: stack ? "stack" : "lines" }));
+    }
+    const thinned = slot.entries.flatMap(({ stage }) => Object.values(stage.series)).filter((series) => series.total > series.steps.length);
+    if (!thinned.length) return grid;
+    const most = thinned.reduce((a, b) => (a.total > b.total ? a : b));
+    return el("div", {}, grid, el("p", { class: "muted small" }, `Long curves are thinned: ${whole(most.steps.length)} of ${whole(most.total)} points, the lowest and the highest of each stretch.`));
+  }
+
+  function shares(series) {
+    const sums = series.map((one) => one.values.filter(known).reduce((a, b) => a + b, 0)), total = sums.reduce((a, b) => a + b, 0);
+    return total ? `: ${series.map((one, i) => `${one.name.replace(/ seconds$/, "")} ${Math.round((100 * sums[i]) / total)}%`).join(", ")}` : "";
+  }
+
+  // ---- experts ----------------------------------------------------------------------------------------------------
+  function experts(slot) {
+    const entries = slot.entries.filter(({ stage }) => stage.router);
     if (!entries.length) return null;
-    const isGroup = ([, value]) => known(value) && typeof value === "object" && !Array.isArray(value);
-    const plain = entries.filter((entry) => !isGroup(entry));
-    const groups = [...(plain.length ? [["", Object.fromEntries(plain)]] : []), ...entries.filter(isGroup)];
-    const list = el("div", { class: "recipe" }, ...groups.map(([name, values]) =>
-      el("section", {}, name ? el("h4", {}, name) : null, el("dl", {}, ...flatten(values).map(([key, value]) => el("div", {}, el("dt", {}, key), el("dd", {}, value)))))));
-    const details = collapsible("Recipe", stage.recipe_hash ? `hash ${stage.recipe_hash.slice(0, 12)}` : "");
-    details.append(list);
+    const holder = el("div"), box = el("section", { class: "card experts", "aria-label": "Expert load" }, el("header", {}, el("h3", {}, "Expert load"), chooser(entries, (entry) => pending.push(loadExperts(holder, slot, entry)))), holder);
+    pending.push(loadExperts(holder, slot, entries[0]));
+    return box;
+  }
+
+  // Which run a part of a comparison is about.
+  function chooser(entries, onchange) {
+    if (entries.length < 2) return null;
+    return el("select", { "aria-label": "run", onchange: (event) => onchange(entries[+event.target.value]) }, entries.map(({ run }, i) => el("option", { value: i }, run.name)));
+  }
+
+  async function loadExperts(holder, slot, { stage }) {
+    try {
+      const bytes = new DataView(await bytesOf(stage.router.loads));
+      const shares = Float32Array.from({ length: bytes.byteLength / 2 }, (_, i) => bytes.getUint16(2 * i, true) / 65535);
+      holder.replaceChildren(expertViews(slot, stage.router, shares));
+    } catch (error) {
+      fail(error.message);
+      holder.replaceChildren(el("div", { class: "notice" }, `This part could not be drawn: ${error.message}`));
+    }
+  }
+
+  function expertViews(slot, router, shares) {
+    const { layers, steps, experts: width } = router, size = layers.length * width;
+    const share = (at, layer, expert) => shares[at * size + layer * width + expert];
+    const violation = (at, layer) => Math.max(...Array.from({ length: width }, (_, expert) => share(at, layer, expert))) * width - 1;
+    const tip = (at, layer, expert) => [el("div", { class: "muted" }, `step ${whole(steps[at])}, layer ${layers[layer]}, expert ${expert}`), tipRow(null, "share of slots", format(share(at, layer, expert), true)), tipRow(null, "of its fair share", `${(share(at, layer, expert) * width).toFixed(2)}×`)];
+    let at = steps.length - 1, layer = 0;
+    const slider = el("input", { type: "range", min: 0, max: at, value: at, "aria-label": "step of the expert load", disabled: at === 0 });
+    const output = el("output", { class: "num" }), names = Array.from({ length: width }, (_, i) => String(i));
+    const byStep = el("div", { class: "view" }, el("div", { class: "slider" }, el("span", { class: "small muted" }, "step"), slider, output));
+    const map = Heat.map(byStep, { rows: layers.map((one) => `layer ${one}`), columns: names, corner: "expert", at: (i, j) => share(at, i, j) * width, tip: (i, j) => tip(at, i, j),
+      label: () => `Expert load at step ${steps[at]}. Max violation: ${layers.map((one, i) => `layer ${one} ${violation(at, i).toFixed(2)}`).join(", ")}`,
+      side: { title: "violation", text: (i) => violation(at, i).toFixed(2), bar: (i) => violation(at, i) / 4 } });
+    const which = el("select", { "aria-label": "layer" }, layers.map((one, i) => el("option", { value: i }, `layer ${one}`)));
+    const over = el("div", { class: "view", hidden: true }, el("div", { class: "slider" }, el("span", { class: "small muted" }, "over the run, of"), which)), shown = thinnedRows(steps);
+    const history = Heat.map(over, { rows: shown.map((i) => whole(steps[i])), columns: names, corner: "step", at: (i, j) => share(shown[i], layer, j) * width, tip: (i, j) => tip(shown[i], layer, j), label: () => `Load of the experts of layer ${layers[layer]} over ${steps.length} steps` });
+    const right = el("div", {}, el("h4", {}, "Max violation ", el("span", { class: "muted" }, "busiest expert over the mean, minus 1"))), said = el("p", { class: "muted small" });
+    const line = Charts.chart(right, { series: Object.entries(router.violation).map(([name, one]) => ({ ...one, name })), label: "Max violation", height: 190, span: slot.span });
+    right.append(said);
+    const show = () => {
+      at = +slider.value;
+      map.redraw();
+      line.mark(steps[at]);
+      const all = layers.map((_, i) => violation(at, i)), worst = all.indexOf(Math.max(...all));
+      output.textContent = `${whole(steps[at])} (${at + 1} of ${steps.length})`;
+      said.textContent = `At step ${whole(steps[at])} the worst is layer ${layers[worst]} with ${all[worst].toFixed(2)}; the mean of layers is ${(all.reduce((a, b) => a + b, 0) / all.length).toFixed(2)}.`;
+    };
+    slider.addEventListener("input", show);
+    which.addEventListener("change", () => { layer = +which.value; history.redraw(); });
+    const views = segmented("view", [["step", "layers at a step"], ["run", "a layer over the run"]], (value) => { byStep.hidden = value !== "step"; over.hidden = value === "step"; });
+    show();
+    const kept = router.total > steps.length ? ` · ${steps.length} of ${whole(router.total)} snapshots kept` : "";
+    return el("div", {}, el("p", { class: "with" }, el("span", { class: "muted small" }, `${count(layers.length, "MoE layer")} × ${count(width, "expert")}${kept}`), views), el("div", { class: `split${width > 48 ? " wide" : ""}` }, el("div", {}, byStep, over), right));
+  }
+
+  // At most 48 rows, evenly.
+  function thinnedRows(steps) {
+    const rows = Math.min(48, steps.length);
+    return Array.from({ length: rows }, (_, i) => Math.round((i * (steps.length - 1)) / Math.max(1, rows - 1)));
+  }
+
+  // ---- samples ----------------------------------------------------------------------------------------------------
+  function samples(slot) {
+    const sets = slot.entries.flatMap(({ run, stage }) => stage.samples.map((set) => ({ run, set })));
+    if (!sets.length) return null;
+    const holder = el("div", { class: "samples" }), about = el("span", { class: "muted small" });
+    const pick = el("select", { "aria-label": "which samples", onchange: () => show(sets[+pick.value]) }, sets.map(({ run, set }, i) => el("option", { value: i }, many ? `${run.name}: ${set.label}` : set.label)));
+    const show = ({ set }) => {
+      const parts = [set.about, set.shown < set.total ? `${whole(set.shown)} of ${whole(set.total)}, spread evenly over the run` : count(set.total, "sample"), set.detailed && set.detailed < set.shown ? `${whole(set.detailed)} with tokens` : ""];
+      about.textContent = parts.filter(Boolean).join(" · ");
+      const drawn = Samples.browser(holder, set, slot.span).catch((error) => { fail(error.message); holder.append(el("div", { class: "notice" }, `The samples could not be read: ${error.message}`)); });
+      pending.push(drawn);
+    };
+    show(sets[0]);
+    return el("section", { class: "card samples-card", "aria-label": "Samples" }, el("header", {}, el("h3", {}, "Samples"), sets.length > 1 ? pick : null, about), holder);
+  }
+
+  // ---- the rest ---------------------------------------------------------------------------------------------------
+  function allMetrics(slot) {
+    const groups = panelsOf(slot, "groups");
+    if (!groups.length) return null;
+    const details = collapsible("All metrics", `${groups.reduce((sum, group) => sum + group.names.length, 0)} more, by name`);
+    const filter = el("input", { type: "search", placeholder: "Filter by name", "aria-label": "filter metrics by name" });
+    const cells = [], body = el("div");
+    details.append(el("div", { class: "tools" }, filter), body);
+    filter.addEventListener("input", () => cells.forEach(([name, cell]) => { cell.hidden = !name.includes(filter.value.toLowerCase()); }));
+    details.addEventListener("toggle", () => {
+      if (body.childElementCount) return;
+      for (const group of groups) {
+        const grid = el("div", { class: "grid all" });
+        body.append(el("h4", {}, group.title), grid);
+        for (const name of group.names) {
+          const series = seriesOf(slot, [name]), latest = series[0].values.filter(known).slice(-1)[0];
+          const cell = grid.appendChild(el("div", {}, el("div", { class: "mini" }, short(name), many ? null : el("b", {}, format(latest)))));
+          cells.push([name.toLowerCase().replaceAll("_", " ") + name.toLowerCase(), cell]);
+          Charts.chart(cell, { series, label: short(name), height: 112, legend: false, span: slot.span });
+        }
+      }
+    });
     return details;
   }
 
@@ -241,68 +292,42 @@
     });
   }
 
-  // ---- sampled answers --------------------------------------------------------------------------------------------
-  function sampleTable(host, rows, { score, steps }) {
-    const rewards = rows.map((row) => row.reward).filter(known);
-    const range = [Math.min(0, ...rewards), Math.max(1, ...rewards)];
-    const text = el("input", { type: "search", placeholder: "Filter by text", "aria-label": "Filter by text" });
-    const low = el("input", { type: "number", step: "any", "aria-label": `lowest ${score.toLowerCase()} shown` });
-    const high = el("input", { type: "number", step: "any", "aria-label": `highest ${score.toLowerCase()} shown` });
-    const order = el("select", { "aria-label": "order" }, ...[["", steps ? "latest first" : "as evaluated"], ["high", `highest ${score.toLowerCase()}`], ["low", `lowest ${score.toLowerCase()}`]]
-      .map(([value, name]) => el("option", { value }, name)));
-    const said = el("span", { class: "num", role: "status" });
-    const body = el("tbody");
-    const more = el("button", { class: "more", type: "button" }, `Show ${PAGE_ROWS} more`);
-    const names = [...(steps ? ["Step"] : []), score, "Prompt", "Response", "Answer", "Finish"];
-    const columns = names.map((name) => el("col", { class: { Prompt: "wide", Response: "wider" }[name] }));
-    host.append(el("div", { class: "tools" }, text, el("label", {}, `${score} from `, low), el("label", {}, "to ", high), order, said),
-      el("div", { class: "scroll samples" }, el("table", {}, el("colgroup", {}, ...columns), el("thead", {}, el("tr", {}, ...names.map((name) => el("th", { scope: "col" }, name)))), body)), more);
-    let limit = PAGE_ROWS;
-    const draw = () => {
-      const found = order_by(order.value, rows.filter((row) => matches(row, text.value.toLowerCase(), low.value, high.value)));
-      body.replaceChildren(...found.slice(0, limit).map((row) => sampleRow(row, names, range)));
-      if (!found.length) body.append(el("tr", {}, el("td", { class: "empty", colspan: names.length }, "No sample matches.")));
-      said.textContent = `${Math.min(limit, found.length)} of ${found.length}${found.length < rows.length ? ` (filtered from ${rows.length})` : ""}`;
-      more.hidden = found.length <= limit;
-    };
-    for (const control of [text, low, high, order]) control.addEventListener("input", () => { limit = PAGE_ROWS; draw(); });
-    more.addEventListener("click", () => { limit += PAGE_ROWS; draw(); });
-    draw();
+  function recipe(slot) {
+    const recipes = slot.entries.map(({ stage }) => new Map(flatten(stage.recipe)));
+    if (recipes.every((one) => !one.size)) return null;
+    return recipes.length > 1 ? recipeTable(slot, recipes) : recipeList(slot.entries[0].stage, recipes[0]);
   }
 
-  function matches(row, text, low, high) {
-    if (text && ![row.prompt, row.response, row.answer, row.finish_reason].some((part) => part.toLowerCase().includes(text))) return false;
-    if (low === "" && high === "") return true;
-    return known(row.reward) && (low === "" || row.reward >= +low) && (high === "" || row.reward <= +high);
+  function recipeTable(slot, recipes) {
+    const keys = [...new Set(recipes.flatMap((one) => [...one.keys()]))].filter((key) => new Set(recipes.map((one) => one.get(key))).size > 1);
+    const details = collapsible("Recipes", keys.length ? `${count(keys.length, "key")} that differ` : "the same");
+    details.open = true;
+    details.append(el("div", { class: "scroll" }, el("table", { class: "diff" }, el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "key"), slot.entries.map(({ run }) => el("th", { scope: "col" }, runDot(run), run.name)))),
+      el("tbody", {}, keys.map((key) => el("tr", {}, el("th", { scope: "row" }, key), recipes.map((one) => el("td", { class: "mono" }, one.get(key) ?? "–"))))))));
+    return details;
   }
 
-  function order_by(order, rows) {
-    if (!order) return rows;
-    const sign = order === "high" ? -1 : 1;
-    return [...rows].sort((a, b) => sign * ((a.reward ?? sign * Infinity) - (b.reward ?? sign * Infinity)) || 0);
-  }
-
-  function sampleRow(row, names, [low, high]) {
-    const hue = known(row.reward) ? 8 + 132 * ((row.reward - low) / (high - low)) : null;
-    const tint = hue === null ? {} : { background: `hsl(${hue} 70% 50% / .2)`, borderColor: `hsl(${hue} 60% 45% / .6)` };
-    const parts = Object.entries(row.rewards).map(([name, value]) => el("span", { class: "part" }, `${name} ${format(value)}`));
-    const pill = el("span", { class: "pill", style: tint }, format(row.reward));
-    const cells = {
-      Step: () => [known(row.step) ? row.step.toLocaleString("en-US") : "–"],
-      Reward: () => [pill, ...parts], Score: () => [pill, ...parts],
-      Prompt: () => [el("div", { class: "text" }, row.prompt)], Response: () => [el("div", { class: "text" }, row.response)],
-      Answer: () => [row.answer || "–"], Finish: () => [row.finish_reason || "–"],
-    };
-    return el("tr", { class: "sample" }, ...names.map((name) => el("td", { "data-label": name }, ...cells[name]())));
+  function recipeList(stage, values) {
+    const groups = new Map();
+    for (const [key, value] of values) {
+      const [head, ...rest] = key.split(".");
+      const group = rest.length ? head : "";
+      if (!groups.has(group)) groups.set(group, []);
+      groups.get(group).push([rest.join(".") || head, value]);
+    }
+    const details = collapsible("Recipe", stage.recipe_hash ? `hash ${stage.recipe_hash.slice(0, 12)}` : "");
+    details.append(el("div", { class: "recipe" }, [...groups].map(([name, entries]) => el("section", {}, name ? el("h4", {}, name) : null,
+      el("dl", {}, entries.map(([key, value]) => el("div", {}, el("dt", {}, key), el("dd", {}, value))))))));
+    return details;
   }
 
   // ---- the page ---------------------------------------------------------------------------------------------------
   function navigation() {
     const nav = document.getElementById("nav");
-    nav.append(el("a", { href: "#page" }, "Summary"), ...(data.stages.length > 1 ? data.stages : []).map((stage) => el("a", { href: `#${anchor(stage)}` }, stage.name)));
+    nav.append(el("a", { href: "#page" }, "Summary"), ...(SLOTS.length > 1 || many ? SLOTS : []).map((slot) => el("a", { href: `#${slot.id}`, class: slot.entries.some(({ stage }) => stage.findings.length) ? "bad" : null }, slot.name)));
     const links = [...nav.children];
     const spy = () => {
-      const passed = data.stages.filter((stage) => document.getElementById(anchor(stage)).getBoundingClientRect().top < innerHeight * 0.4).length;
+      const passed = links.length > 1 ? SLOTS.filter((slot) => document.getElementById(slot.id).getBoundingClientRect().top < innerHeight * 0.25).length : 0;
       links.forEach((link, i) => link.setAttribute("aria-current", i === passed));
     };
     addEventListener("scroll", spy, { passive: true });
@@ -311,14 +336,12 @@
 
   const openAll = () => document.querySelectorAll("details").forEach((details) => { details.open = true; });
 
-  section(page, header);
-  section(page, notices);
-  section(page, summary);
-  for (const stage of data.stages) section(page, () => stageSection(stage));
-  page.append(el("footer", {}, "Written by dots_align. This file needs no network; add #all to its address to open every section."));
-  navigation();
+  for (const build of [headline, notices, autopsies]) section(page, build);
+  for (const slot of SLOTS) section(page, () => stageSection(slot));
+  page.append(el("footer", {}, `Written by dots_align on ${moment(generated)}. This file needs no network. Drag over a curve to zoom, double-click to see all; add #all to the address to open every section.`));
+  section(page, () => { navigation(); });
   document.getElementById("smoothing").addEventListener("change", (event) => Charts.smooth(+event.target.value));
   addEventListener("beforeprint", openAll);
   if (location.hash === "#all") openAll();
-  root.dataset.ready = "true";
+  requestAnimationFrame(() => Promise.allSettled(pending).then(() => { document.documentElement.dataset.ready = "true"; }));
 })();
