@@ -172,5 +172,5 @@ def test_one_step_off_the_batch_is_that_of_the_weights_before_the_last_step(loop
     sampled = [torch.tensor(t.rollout_logprobs) for t in batch.trajectories]
     expected = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True)
     for weights, agree in ((between, True), (made.policy, False)):
-        scores = response_scores(weights, batch.trajectories, list(range(32)), 1.0)
+        scores = response_scores(weights, batch.trajectories, [[i] for i in range(32)], 1.0)
         assert bool((scores.logprobs - expected).abs().max() < 1e-4) is agree
