@@ -89,7 +89,8 @@ def _parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["hf"],
         metavar="TARGET",
-        help="hf: a directory for transformers and what reads it; gguf:F32, gguf:F16, gguf:BF16, gguf:Q8_0: llama.cpp",
+        help="hf: a directory for transformers and what reads it; gguf:F32, gguf:F16, gguf:BF16, gguf:Q8_0: llama.cpp; "
+        "gguf:Q6_K, gguf:Q5_K_M, gguf:Q4_K_M: the same by its quantizer",
     )
     export.add_argument("--output", type=Path, help="default: <checkpoint>-export")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")

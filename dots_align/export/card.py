@@ -9,6 +9,7 @@ import yaml
 from transformers import Dots1Config
 
 from dots_align import __version__
+from dots_align.export.curves import FILE
 from dots_align.export.source import History, TrainedStage
 
 HUB_ORGANISATION = "rednote-hilab"
@@ -138,7 +139,18 @@ def _training(history: History) -> str:
         rows = _table(("setting", "value"), [(f"`{key}`", value) for key, value in _settings(stage)])
         name = STAGE_NAMES.get(stage.stage, stage.stage)
         parts.append(f"### {number}. {stage.stage}: {name}, {stage.step} steps\n\n{rows}")
+        if made := _made_by(stage):
+            parts.append(made)
+    if any(stage.curves for stage in history.stages):
+        parts.append(f"![Training curves]({FILE})")
     return "\n\n".join(parts)
+
+
+def _made_by(stage: TrainedStage) -> str:
+    """What identifies the data, the recipe and the code of a stage."""
+    known = {"data": stage.data_hash, "recipe": stage.recipe_hash, "dots_align": stage.version}
+    said = [f"{name} `{value}`" for name, value in known.items() if value]
+    return f"Made from {', '.join(said)}." if said else ""
 
 
 def _settings(stage: TrainedStage) -> Iterable[tuple[str, str]]:

@@ -19,6 +19,7 @@ from dots_align.checkpoint import MANIFEST, check_whole, load_model, staged, sto
 from dots_align.config import ModelSection
 from dots_align.data.chat import stop_token_ids
 from dots_align.export.card import model_card
+from dots_align.export.curves import FILE, draw
 from dots_align.export.source import History, training_history
 from dots_align.export.template import portable_template
 from dots_align.export.weights import INDEX, check_tensors, weight_files
@@ -69,6 +70,8 @@ def export_hf(
         proofs = manifest.get("verification"), manifest.get("gguf")
         card = model_card(config, _parameters(config), history, *proofs, hf=(staging / "config.json").is_file())
         (staging / "README.md").write_text(card, encoding="utf-8")
+        if (drawing := draw([(s.stage, s.curves) for s in history.stages])) is not None:
+            (staging / FILE).write_text(drawing, encoding="utf-8")
     logger.info("exported %s to %s", checkpoint, output)
     return output
 

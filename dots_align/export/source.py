@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dots_align.checkpoint import MANIFEST
+from dots_align.export.curves import Curves, read_curves
 
 # A file of this machine: absolute, in a home directory, on a Windows drive, a file URL, or relative to who knows where.
 _LOCAL_PATH = re.compile(r"^(/|~|\\\\|[A-Za-z]:[\\/]|file:|\.\.?[\\/])")
@@ -18,12 +19,18 @@ _PROSE = frozenset({"system_prompt"})
 
 @dataclass(frozen=True)
 class TrainedStage:
-    """One stage behind a checkpoint. `evaluation` is its eval.json without the samples, or None."""
+    """One stage behind a checkpoint. `evaluation` is its eval.json without the samples, or None. `recipe_hash`,
+    `data_hash` and `version` (of dots_align) are what its manifest says; `curves` those of its run.
+    """
 
     stage: str
     step: int
     recipe: dict[str, Any]
     evaluation: dict[str, Any] | None
+    recipe_hash: str = ""
+    data_hash: str = ""
+    version: str = ""
+    curves: Curves = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,10 @@ def training_history(checkpoint: Path) -> History:
         if not manifest:
             return History(stages, here.resolve().name)
         recipe_shown = without_local_paths(recipe)
-        stages.insert(0, TrainedStage(manifest["stage"], manifest["step"], recipe_shown, _evaluation(here)))
+        stage, step = manifest["stage"], manifest["step"]
+        said = {name: manifest.get(name) or "" for name in ("recipe_hash", "data_hash", "version")}
+        curves = read_curves(here, stage, step)
+        stages.insert(0, TrainedStage(stage, step, recipe_shown, _evaluation(here), **said, curves=curves))
         if not model.get("path"):
             return History(stages, f"preset:{model['preset']}" if model.get("preset") else None)
         start = _start(here, Path(model["path"]))

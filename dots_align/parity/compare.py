@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from dots_align.export.verify_gguf import MAX_MEDIAN_LOGPROB_DIFFERENCE
 from dots_align.model.router import find_flips
 from dots_align.parity.observation import EXACT, Asked, Observation, Question, logprobs_of
 
@@ -17,15 +18,12 @@ TOLERANCE = 1e-4
 LARGE_LOGIT = 10.0
 # Two experts whose scores are closer may change places by rounding.
 TIE = 1e-5
-# Of the median over all tokens of |difference of log-prob| where weights are rounded: measured on random models of the
-# presets tiny and small, up to a half of this.
-ROUNDED = {"F16": 0.01, "BF16": 0.04, "Q8_0": 0.06, "Q6_K": 0.15, "Q5_K_M": 0.3, "Q4_K_M": 0.5}
 
 
 def tolerance_of(precision: str, reference: Observation | None = None) -> float:
     """What rounding may do; of EXACT engines to the largest difference, of others to the median of log-probs."""
     if precision != EXACT:
-        return ROUNDED.get(precision, max(ROUNDED.values()))
+        return MAX_MEDIAN_LOGPROB_DIFFERENCE.get(precision, max(MAX_MEDIAN_LOGPROB_DIFFERENCE.values()))
     logits = (reference.logits if reference is not None else None) or []
     largest = max((float(x.abs().max()) for x in logits), default=0.0)
     return TOLERANCE * max(1.0, largest / LARGE_LOGIT)
@@ -36,9 +34,10 @@ class Comparison:
     """One engine's row. None stands for what it cannot say.
 
     `max_difference` is over the tokens before which (themselves included) all chose the same experts, `mean_difference`
-    and `median_difference` over all; of logits, or of log-probs where `unit` says so. `num_changed` of `num_choices`
-    choices (a token in a layer) fell on other experts; of those that no other explains, `num_ties` were near-ties and
-    `num_other` were not. `problems` are what is wrong, `causes` the names of the mistakes that explain it.
+    and `median_difference` over all; of logits, or of log-probs where `unit` says so. `median_logprob_difference` is of
+    the given tokens. `num_changed` of `num_choices` choices (a token in a layer) fell on other experts; of those that
+    no other explains, `num_ties` were near-ties and `num_other` were not. `problems` are what is wrong, `causes` the
+    names of the mistakes that explain it.
     """
 
     name: str
@@ -49,6 +48,7 @@ class Comparison:
     max_difference: float | None = None
     mean_difference: float | None = None
     median_difference: float | None = None
+    median_logprob_difference: float | None = None
     top1_agreement: float | None = None
     num_choices: int | None = None
     num_changed: int | None = None
@@ -133,18 +133,20 @@ def _compare_numbers(
             row.problems.append("tells no log-probs of prompts (echo with logprobs), so nothing was compared")
             return
     row.num_tokens, row.num_clean = len(every), len(agreeing)
-    row.max_difference = float(agreeing.max()) if len(agreeing) else float("nan")
+    row.max_difference = float(agreeing.max()) if len(agreeing) else None
     row.mean_difference, row.median_difference = float(every.mean()), float(every.median())
     if found.logits is not None:
         row.top1_agreement = _top1(reference.logits, found.logits, clean)
     allowed = tolerance_of(row.precision, reference)
     exact = row.precision == EXACT
-    seen = row.max_difference if exact else _median_logprob(asked, reference, found)
+    row.median_logprob_difference = _median_logprob(asked, reference, found)
+    seen = row.max_difference if exact else row.median_logprob_difference
     # Where most tokens went to other experts, those that did not prove nothing.
-    row.logits_differ = not seen <= allowed or (exact and 2 * row.num_clean < row.num_tokens)
+    hidden = exact and 2 * row.num_clean < row.num_tokens
+    row.logits_differ = hidden or seen is None or not seen <= allowed
     if row.logits_differ:
         kind = f"{row.unit}s differ by up to" if exact else "log-probs differ (median) by"
-        row.problems.append(f"{kind} {seen:.2g}, at most {allowed:g} is rounding")
+        row.problems.append(f"{kind} {float('nan') if seen is None else seen:.2g}, at most {allowed:g} is rounding")
     elif exact and row.top1_agreement not in (None, 1.0):
         row.problems.append(f"only {row.top1_agreement:.2%} of the likeliest tokens agree")
 

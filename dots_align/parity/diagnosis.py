@@ -143,7 +143,7 @@ def aspects(mistakes: list[Mistake], row: Comparison, sensitivity: dict[str, flo
     visible = 10 * TOLERANCE if row.precision == EXACT else 2 * tolerance_of(row.precision)
     seen: dict[str, set[str]] = {}
     for mistake in mistakes:
-        hidden = row.logits_differ or row.max_difference is None or sensitivity[mistake.name] < visible
+        hidden = row.logits_differ or row.mean_difference is None or sensitivity[mistake.name] < visible
         verdict = "wrong" if mistake.name in row.causes else "?" if hidden else "ok"
         seen.setdefault(mistake.aspect, set()).add(verdict)
     return {aspect: next(v for v in ("wrong", "?", "ok") if v in verdicts) for aspect, verdicts in seen.items()}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import yaml
 from transformers import Dots1Config
 
 from dots_align.export.card import model_card
+from dots_align.export.curves import draw
 from dots_align.export.source import History, TrainedStage, training_history, without_local_paths
 from dots_align.model.dots1 import preset_config
 
@@ -135,3 +137,32 @@ def test_history_of_an_export_is_kept(tmp_path: Path) -> None:
     content = {"stage": "export", "training": History([stage], "preset:tiny").as_dict()}
     (tmp_path / "manifest.json").write_text(json.dumps(content), encoding="utf-8")
     assert training_history(tmp_path) == History([stage], "preset:tiny")
+
+
+def test_card_shows_curves_and_what_identifies_each_stage(chain: Path, tmp_path: Path) -> None:
+    lines = [{"step": n, "grpo/reward": n / 400, "grpo/loss": float("nan"), "other": 1} for n in range(1, 400)]
+    text = "\n".join(map(json.dumps, lines)) + "\n[3]\n{broken"
+    (chain.parent / "metrics.jsonl").write_text(text, encoding="utf-8")
+    manifest = json.loads((chain / "manifest.json").read_text(encoding="utf-8"))
+    named = {"data_hash": "d4", "recipe_hash": "r5", "version": "1.2", "step": 300}
+    (chain / "manifest.json").write_text(json.dumps({**manifest, **named}), encoding="utf-8")
+    history = training_history(chain)
+    curves = history.stages[-1].curves
+    assert list(curves) == ["grpo/reward"]
+    assert curves["grpo/reward"][-1] == [300, 0.75]
+    assert len(curves["grpo/reward"]) == 100
+    drawing = draw([(s.stage, s.curves) for s in history.stages])
+    assert drawing is not None
+    title = ElementTree.fromstring(drawing).findall(".//{*}text")[0].text
+    assert title == "3. grpo: grpo/reward"
+    text = card(history)
+    assert "Made from data `d4`, recipe `r5`, dots_align `1.2`." in text
+    assert text.count("](training.svg)") == 1
+    again = History([TrainedStage(**s) for s in json.loads(json.dumps(history.as_dict()))["stages"]], history.base)
+    assert again == history
+
+
+def test_card_without_curves_shows_no_picture(chain: Path) -> None:
+    history = training_history(chain)
+    assert "training.svg" not in card(history)
+    assert draw([(s.stage, s.curves) for s in history.stages]) is None

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from dots_align.checkpoint import check_whole
 from dots_align.export.gguf import FORMATS, write_gguf
 from dots_align.export.hf import export_hf
-from dots_align.export.targets import TARGETS, export, gguf_formats
+from dots_align.export.targets import K_QUANTS, TARGETS, export, gguf_formats
 from dots_align.export.verify_gguf import MAX_MEDIAN_LOGPROB_DIFFERENCE, NOT_INSTALLED, verify_gguf
 
 Edit = Callable[[Path, str, Callable[[str], str]], Path]
@@ -42,11 +42,30 @@ def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def test_targets_are_parsed() -> None:
-    assert gguf_formats(TARGETS) == list(FORMATS) == list(MAX_MEDIAN_LOGPROB_DIFFERENCE)
+    assert gguf_formats(TARGETS) == [*FORMATS, *K_QUANTS] == list(MAX_MEDIAN_LOGPROB_DIFFERENCE)
     assert gguf_formats(["gguf:Q8_0", "hf", "gguf:Q8_0"]) == ["Q8_0"]
     for targets in (["gguf"], ["hf", "gguf:Q3"], ["HF"], []):
         with pytest.raises(ValueError, match=r"unknown target '.*'; choose from hf, gguf:F32, gguf:F16"):
             gguf_formats(targets)
+
+
+@needs_llama_cpp
+def test_k_quants_are_made_by_llama_cpp_and_proven(checkpoint: Path, tmp_path: Path) -> None:
+    output = export(checkpoint, tmp_path / "model", targets=["gguf:Q8_0", "gguf:Q4_K_M"])
+    assert {p.name for p in output.glob("*.gguf")} == {"model-Q8_0.gguf", "model-Q4_K_M.gguf"}
+    proof = manifest(output)["gguf"]["Q4_K_M"]
+    assert 0.01 < proof["median_logprob_difference"] < MAX_MEDIAN_LOGPROB_DIFFERENCE["Q4_K_M"]
+    kinds = {t.name: t.tensor_type.name for t in GGUFReader(output / "model-Q4_K_M.gguf").tensors}
+    assert kinds["blk.1.exp_probs_b.bias"] == kinds["blk.1.ffn_gate_inp.weight"] == "F32"
+    assert kinds["blk.1.ffn_gate_exps.weight"] not in ("F32", "F16", "Q8_0")
+
+
+def test_k_quants_without_llama_cpp_are_refused_before_anything_is_written(
+    checkpoint: Path, tmp_path: Path, no_llama_cpp: None
+) -> None:
+    with pytest.raises(ValueError, match=r"gguf:Q6_K is made by llama\.cpp's quantizer, which is not installed"):
+        export(checkpoint, tmp_path / "model", targets=["gguf:Q6_K"])
+    assert list(tmp_path.iterdir()) == []
 
 
 @needs_llama_cpp
