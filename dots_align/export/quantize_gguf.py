@@ -24,7 +24,7 @@ def main() -> None:
     if hasattr(parameters, "max_buf_size"):
         parameters.max_buf_size = request["buffer_bytes"]
     source, output = request["source"].encode(), request["output"].encode()
-    status = llama_cpp.llama_model_quantize(source, output, ctypes.byref(parameters))
+    status = llama_cpp.llama_model_quantize(source, output, ctypes.byref(parameters))  # pyright: ignore[reportArgumentType]
     if status != 0:
         sys.exit(f"llama.cpp's quantizer ends with status {status}")
     stdout.write("{}")
