@@ -19,6 +19,7 @@ from dots_align.generation.options import generation_keys, load_options
 STAGES = {
     "sft": "supervised fine-tuning on conversations",
     "dpo": "direct preference optimisation",
+    "rft": "rejection-sampling fine-tuning: SFT on the model's own right answers",
     "reward_model": "a reward model from preferences",
     "grpo": "reinforcement learning from verifiable rewards, by comparing answers",
     "ppo": "the same with a critic",

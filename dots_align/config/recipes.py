@@ -100,6 +100,30 @@ class OptimSection(Section):
     adam_beta2: float = Field(default=0.95, ge=0, lt=1)
     adam_epsilon: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    min_learning_rate: float | None = Field(default=None, gt=0, description="where a cosine ends, instead of at 0")
+
+    @model_validator(mode="after")
+    def _ends_below_its_start(self):
+        if self.min_learning_rate is None:
+            return self
+        if self.lr_scheduler_type != "cosine":
+            raise ValueError(
+                f"optim.min_learning_rate is where a cosine ends, and optim.lr_scheduler_type={self.lr_scheduler_type} "
+                "has no such place; leave one of them out"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"optim.min_learning_rate={self.min_learning_rate:g} lies above optim.learning_rate="
+                f"{self.learning_rate:g}, where the schedule starts"
+            )
+        return self
+
+    @property
+    def schedule(self) -> tuple[str, dict[str, float]]:
+        """The schedule's name in transformers, and its keyword arguments."""
+        if self.min_learning_rate is None:
+            return self.lr_scheduler_type, {}
+        return "cosine_with_min_lr", {"min_lr": self.min_learning_rate}
 
 
 class TrainSection(Section):
@@ -115,6 +139,17 @@ class TrainSection(Section):
     packing: bool = True
     bf16: bool = False
     gradient_checkpointing: bool = False
+
+
+class ConversationTrainSection(TrainSection):
+    """And how conversations are put together."""
+
+    sessions_per_sample: int = Field(
+        default=1,
+        ge=1,
+        description="so many conversations, as far as they fit, become one of several sessions, whose later ones read "
+        "the earlier ones. Packing fills rows without that, and goes on filling them with what this makes",
+    )
 
 
 class LoraSection(Section):
@@ -294,7 +329,7 @@ class SftRecipe(_StageRecipe):
     """Supervised fine-tuning on conversations; loss on the assistant's tokens only."""
 
     stage: Literal["sft"]
-    train: TrainSection = TrainSection()
+    train: ConversationTrainSection = ConversationTrainSection()
     lora: LoraSection | None = None
 
 
@@ -376,14 +411,11 @@ class CriticSection(Section):
     )
 
 
-class _RlRecipe(_StageRecipe):
-    train: RlTrainSection = RlTrainSection()
+class _SampledRecipe(_StageRecipe):
+    """Of stages that learn from what the model itself says."""
+
     lora: LoraSection | None = None
     rollout: RolloutSection = RolloutSection()
-    router: RlRouterSection = RlRouterSection()  # pyright: ignore[reportIncompatibleVariableOverride] - frozen
-    algorithm: AlgorithmSection = AlgorithmSection()
-    mismatch: MismatchSection = MismatchSection()
-    rollout_correction: RolloutCorrectionSection = RolloutCorrectionSection()
     rewards: tuple[RewardSection, ...] = Field(min_length=1)
     scoring: ScoringSection = ScoringSection()
 
@@ -399,6 +431,76 @@ class _RlRecipe(_StageRecipe):
                     f"{', '.join(n for n in names if n != name) or 'none'}"
                 )
         return self
+
+
+class SelectionSection(Section):
+    """Which of the answers are learned from: right ones, each once, neither too many of a prompt nor of a difficulty.
+
+    A prompt's difficulty is its pass rate, the share of its answers that are right; a prompt none of whose answers is
+    right teaches nothing.
+    """
+
+    min_reward: float = Field(default=1.0, description="an answer is right if its reward is at least this")
+    pass_rate_bins: tuple[float, ...] = Field(
+        default=(0.25, 0.5, 0.75, 1.0), min_length=1, description="upper edges of the bins of difficulty"
+    )
+    max_per_prompt: int | tuple[int, ...] = Field(
+        default=4, description="most answers that are kept to a prompt: one number, or one for each bin"
+    )
+    max_bin_share: float = Field(
+        default=1.0, gt=0, le=1, description="most of the kept answers that prompts of one bin may give"
+    )
+
+    @model_validator(mode="after")
+    def _bins_fit(self):
+        bins, caps = self.pass_rate_bins, self.max_per_prompt
+        if list(bins) != sorted(set(bins)) or bins[0] <= 0 or bins[-1] != 1:
+            raise ValueError(f"selection.pass_rate_bins={list(bins)} have to rise from above 0 to 1")
+        if isinstance(caps, tuple) and len(caps) != len(bins):
+            raise ValueError(
+                f"selection.max_per_prompt has {len(caps)} entries for {len(bins)} pass_rate_bins; give one each"
+            )
+        if min(self.caps) < 0 or max(self.caps) < 1:
+            raise ValueError(f"selection.max_per_prompt={caps} keeps nothing; give at least one bin 1 or more")
+        return self
+
+    @property
+    def caps(self) -> tuple[int, ...]:
+        """`max_per_prompt` of each bin."""
+        caps = self.max_per_prompt
+        return caps if isinstance(caps, tuple) else (caps,) * len(self.pass_rate_bins)
+
+
+class MixSection(Section):
+    """Conversations that are learned from beside the selected answers."""
+
+    data: DataSection
+    ratio: float = Field(gt=0, description="of them for each selected answer, as far as there are so many")
+
+
+class RftRecipe(_SampledRecipe):
+    """Rejection-sampling fine-tuning: the model's own right answers, selected, and SFT on them."""
+
+    stage: Literal["rft"]
+    train: ConversationTrainSection = ConversationTrainSection()
+    selection: SelectionSection = SelectionSection()
+    mix: MixSection | None = None
+
+    @model_validator(mode="after")
+    def _samples_here(self):
+        if self.rollout.backend != "local" or self.parallel.backend != "fsdp":
+            raise ValueError(
+                "stage `rft` samples with the local engine: use rollout.backend=local and parallel.backend=fsdp"
+            )
+        return self
+
+
+class _RlRecipe(_SampledRecipe):
+    train: RlTrainSection = RlTrainSection()
+    router: RlRouterSection = RlRouterSection()  # pyright: ignore[reportIncompatibleVariableOverride] - frozen
+    algorithm: AlgorithmSection = AlgorithmSection()
+    mismatch: MismatchSection = MismatchSection()
+    rollout_correction: RolloutCorrectionSection = RolloutCorrectionSection()
 
     @model_validator(mode="after")
     def _algorithm_fits(self):
@@ -545,10 +647,10 @@ class PipelineRecipe(_Recipe):
 
 
 Recipe = Annotated[
-    SftRecipe | DpoRecipe | RewardModelRecipe | GrpoRecipe | PpoRecipe | EvalRecipe | PipelineRecipe,
+    SftRecipe | DpoRecipe | RftRecipe | RewardModelRecipe | GrpoRecipe | PpoRecipe | EvalRecipe | PipelineRecipe,
     Field(discriminator="stage"),
 ]
 RECIPES: dict[str, type[Section]] = {
     get_args(cls.model_fields["stage"].annotation)[0]: cls
-    for cls in (SftRecipe, DpoRecipe, RewardModelRecipe, GrpoRecipe, PpoRecipe, EvalRecipe, PipelineRecipe)
+    for cls in (SftRecipe, DpoRecipe, RftRecipe, RewardModelRecipe, GrpoRecipe, PpoRecipe, EvalRecipe, PipelineRecipe)
 }

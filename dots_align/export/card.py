@@ -17,6 +17,7 @@ HUB_ORGANISATION = "rednote-hilab"
 DEMONSTRATION_PARAMETERS = 10**9
 STAGE_NAMES = {
     "sft": "supervised fine-tuning",
+    "rft": "rejection-sampling fine-tuning",
     "dpo": "direct preference optimisation",
     "grpo": "reinforcement learning (GRPO)",
     "ppo": "reinforcement learning (PPO)",

@@ -213,7 +213,8 @@ class TrainingEngine:
         self.max_grad_norm = optim.max_grad_norm
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self.optimizer = make_optimizer(self.parameters.items(), optim, offload_optimizer)
-        self.schedule = get_scheduler(optim.lr_scheduler_type, self.optimizer, optim.warmup_steps, num_training_steps)
+        name, options = optim.schedule
+        self.schedule = get_scheduler(name, self.optimizer, optim.warmup_steps, num_training_steps, options)
 
     @property
     def learning_rate(self) -> float:

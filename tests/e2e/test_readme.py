@@ -13,6 +13,10 @@ from tests.e2e.conftest import QUICK_GRPO
 SHORT = {
     "sft": ("data.max_samples=120", "train.max_steps=2", "evaluation.num_prompts=4"),
     "dpo": ("data.max_samples=16", "train.per_device_train_batch_size=8", "evaluation.num_prompts=4"),
+    "rft": (
+        *("data.max_samples=16", "rollout.group_size=16", "selection.min_reward=0.0"),
+        *("train.max_steps=2", "evaluation.num_prompts=4"),
+    ),
     "reward_model": ("data.max_samples=16", "train.per_device_train_batch_size=8", "evaluation.num_pairs=4"),
     "grpo": (*QUICK_GRPO, "evaluation.num_prompts=4"),
     "ppo": (*QUICK_GRPO, "evaluation.num_prompts=4", "critic.warmup_steps=1"),

@@ -184,7 +184,7 @@ def test_unknown_stage_lists_the_stages(write) -> None:
     path = write("stage: gpro\n")
     assert (
         complaint(path)
-        == f"{path}:1: `stage` must be one of sft, dpo, reward_model, grpo, ppo, eval, pipeline, found 'gpro'"
+        == f"{path}:1: `stage` must be one of sft, dpo, rft, reward_model, grpo, ppo, eval, pipeline, found 'gpro'"
     )
 
 
@@ -431,3 +431,27 @@ def test_a_gate_that_leads_nowhere_is_refused(write, overrides: list[str], told:
 def test_functions_called_alike_have_their_full_names() -> None:
     alike = [RewardSection(function="a:f"), RewardSection(function="b:f")]
     assert reward_names(alike) == ["a:f", "b:f"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["optim.min_learning_rate=1.0", "optim.learning_rate=1e-3"], "lies above optim.learning_rate=0.001"),
+        (["optim.min_learning_rate=1e-6", "optim.lr_scheduler_type=linear"], "linear has no such place"),
+    ],
+)
+def test_a_floor_that_no_schedule_reaches_is_refused(overrides: list[str], told: str) -> None:
+    assert told in complaint(ROOT / "recipes" / "tiny" / "sft.yaml", *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["selection.pass_rate_bins=[0.5, 0.9]"], "have to rise from above 0 to 1"),
+        (["mix.ratio=0"], "greater than 0"),
+        (["rollout.backend=vllm", "rollout.vllm.base_url=http://a:1"], "stage `rft` samples with the local engine"),
+        (["rewards=[]"], "`rewards`"),
+    ],
+)
+def test_a_selection_that_cannot_be_is_refused(overrides: list[str], told: str) -> None:
+    assert told in complaint(ROOT / "recipes" / "tiny" / "rft.yaml", *overrides)

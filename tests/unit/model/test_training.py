@@ -301,3 +301,14 @@ def test_prompts_read_along_other_routes_are_not_shared(grouped: list[Trajectory
     changed[0] = (changed[0] + 1) % 16
     assert prompt_shares(grouped, range(8), routes | {5: bytes(changed)}) == [[0, 2, 7], [1, 4, 6], [3], [5]]
     assert prompt_shares(grouped, range(8)) == [[0, 2, 5, 7], [1, 4, 6], [3]]
+
+
+def test_a_cosine_ends_at_its_floor(model: Dots1ForCausalLM) -> None:
+    optim = OptimSection(learning_rate=1e-3, min_learning_rate=2e-4, lr_scheduler_type="cosine")
+    trained, rates = TrainingEngine(model, optim, 10, 100), []
+    for _ in range(10):
+        trained.train_batch([], [], lambda _: (torch.zeros(()), {}))
+        rates.append(trained.learning_rate)
+    assert rates == sorted(rates, reverse=True)
+    assert rates[4] == pytest.approx(6e-4)
+    assert rates[-1] == pytest.approx(2e-4)
