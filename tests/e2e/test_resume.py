@@ -2,11 +2,14 @@
 
 import json
 import os
+import random
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +32,21 @@ PPO = (
     "algorithm.kl_controller=adaptive",
     "critic.warmup_steps=1",
 )
+# Prompts that wait for later steps, with their routes, and a batch that is made while the step before trains.
+CARRIED = (
+    *QUICK_GRPO,
+    "train.max_steps=16",
+    "train.num_minibatches=2",
+    "train.off_policy_steps=1",
+    "rollout.partial={chunk_tokens: 4, extra_prompts: 3, max_staleness: 3}",
+    "rollout_correction.rollout_is=token",
+    "router.replay=R3",
+    "save.save_steps=2",
+    "save.save_total_limit=null",
+    "on_save=[]",
+    "scoring.num_workers=1",
+)
+EVEN = "def even(response):\n    return sum(token % 2 == 0 for token in response.response_ids) / 12\n"
 
 
 def steps_logged(run_dir: Path) -> list[int]:
@@ -55,9 +73,7 @@ def kill_after_step(process: subprocess.Popen[str], run_dir: Path, step: int) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "keys", "die_at", "last"), [("sft", SFT, 6, 12), ("grpo", GRPO, 3, 6), ("ppo", PPO, 3, 6)]
-)
+@pytest.mark.parametrize(("stage", "keys", "die_at", "last"), [("sft", SFT, 6, 12), ("ppo", PPO, 3, 6)])
 def test_killed_run_resumes_to_the_same_weights(
     spawn: Callable[..., subprocess.Popen[str]],
     recipe: Callable[[str], str],
@@ -104,3 +120,69 @@ def test_a_finished_run_is_found_finished(
     cli.main(command)
     after = (weights.stat().st_mtime_ns, (run_dir / "metrics.jsonl").read_text(), sorted(run_dir.glob("check*")))
     assert after == before
+
+
+def log_without_times(run_dir: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{name: v for name, v in line.items() if name != "time" and "seconds" not in name} for line in lines]
+
+
+@pytest.fixture
+def forks(repo_root: Path) -> Iterator[Callable[..., int]]:
+    """Runs a command in a process that kills itself, as tests/e2e/kill_points.py has it; returns its exit status."""
+    script = repo_root / "tests" / "e2e" / "kill_points.py"
+    environment = {**os.environ, "PYTHONPATH": str(repo_root)}
+    with subprocess.Popen(
+        [sys.executable, script], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdin is not None
+        assert server.stdout is not None
+
+        def run(**told: Any) -> int:
+            server.stdin.write(json.dumps(told) + "\n")
+            server.stdin.flush()
+            return int(server.stdout.readline())
+
+        yield run
+        server.stdin.close()
+
+
+POINTS = {"rollout": (1, 40), "scoring": (2, 8), "update": (2, 6), "save": (3, 2)}
+"""Of each phase in kill_points.py how many points there are, and the latest call drawn."""
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_ten_random_points_comes_to_the_same_weights(
+    recipe: Callable[[str], str], start: Path, tmp_path: Path, forks: Callable[..., int]
+):
+    """While sampling, scoring, updating, saving: killed by itself, so at that very point."""
+    (tmp_path / "even.py").write_text(EVEN)
+    whole, killed, output = tmp_path / "whole", tmp_path / "killed", tmp_path / "output.txt"
+    keys = (f"model.path={start}", "model.preset=null", f"rewards.0.function={tmp_path / 'even.py'}:even", *CARRIED)
+
+    def attempt(run_dir: Path, point: tuple[str, int] | None = None, call: int = 0) -> int:
+        command = ["grpo", recipe("grpo"), f"output_dir={run_dir}", *keys]
+        return forks(command=command, output=str(output), point=point, call=call)
+
+    assert attempt(whole) == 0, output.read_text()
+    rng = random.Random(4)
+    phases = [*POINTS, *POINTS, *rng.choices(list(POINTS), k=2)]
+    rng.shuffle(phases)
+    reached = []
+    for phase in phases:
+        count, latest = POINTS[phase]
+        point, call = (phase, rng.randrange(count)), rng.randint(1, latest)
+        assert attempt(killed, point, call) == -signal.SIGKILL, f"{point} {call}\n{output.read_text()}"
+        reached.append(max(steps_logged(killed), default=0))
+        assert not (killed / "checkpoint-16").exists()
+    assert len(set(reached)) > 3  # not all at the beginning
+    assert attempt(killed) == 0, output.read_text()
+    for name in ("model.safetensors", "loop_state.json", "rollouts.jsonl"):
+        ours, theirs = (d / "checkpoint-16" / name for d in (whole, killed))
+        assert ours.read_bytes() == theirs.read_bytes(), name
+    assert (whole / "checkpoint-16" / "model.safetensors").read_bytes() != (start / "model.safetensors").read_bytes()
+    assert log_without_times(killed) == (log := log_without_times(whole))
+    assert (killed / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
+    # What had to be kept was there: prompts in work, and samples of older policies.
+    assert all(line["grpo/groups_carried"] == 3 for line in log)
+    assert max(line["grpo/staleness_max"] for line in log) > 1
