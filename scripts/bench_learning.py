@@ -30,7 +30,9 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+
+from dots_align.config.algorithm import AlgorithmName
 
 ROOT = Path(__file__).resolve().parents[1]
 # A few steps of each stage: shows that the bench runs, learns nothing.
@@ -121,9 +123,12 @@ def main() -> None:
     )
     options = parser.parse_args()
     if options.algorithms:
+        names = options.algorithms.split(",")
+        if unknown := sorted(set(names) - set(get_args(AlgorithmName))):
+            parser.error(f"--algorithms: no {', '.join(unknown)}; there are {', '.join(get_args(AlgorithmName))}")
         with tempfile.TemporaryDirectory() as scratch:
             base, seeds = options.output or Path(scratch), range(1 if options.quick else options.seeds)
-            compare(options.algorithms.split(","), seeds, base, options.quick, options.overrides)
+            compare(names, seeds, base, options.quick, options.overrides)
         return
     overrides = [*(QUICK if options.quick else ()), *options.overrides]
     with tempfile.TemporaryDirectory() as scratch:

@@ -70,11 +70,11 @@ def spawn(repo_root: Path) -> Callable[..., subprocess.Popen[str]]:
 
 
 @pytest.fixture
-def quick_bench(repo_root: Path) -> Callable[[str], dict[str, Any]]:
-    """Runs `scripts/<name>.py --quick`, and returns what its RESULT line says."""
+def quick_bench(repo_root: Path) -> Callable[..., dict[str, Any]]:
+    """Runs `scripts/<name>.py --quick …`, and returns what its RESULT line says."""
 
-    def run(name: str) -> dict[str, Any]:
-        command = [sys.executable, str(repo_root / "scripts" / f"{name}.py"), "--quick"]
+    def run(name: str, *arguments: str) -> dict[str, Any]:
+        command = [sys.executable, str(repo_root / "scripts" / f"{name}.py"), "--quick", *arguments]
         done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=300, check=False)
         assert done.returncode == 0, done.stderr
         label, _, text = done.stdout.splitlines()[-1].partition(" ")
