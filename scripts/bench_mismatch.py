@@ -15,8 +15,8 @@ Prints the curves of held-out accuracy, a table, then one line `RESULT {json}` w
     accuracy          exact match at the end, 0 to 1, of each run that ran
     best              the highest of its evaluations
     curve             [[step, accuracy], ...]
-    kl, router_shift  mismatch of the first step: nats per token; share of the choices of experts that the trainer's router,
-                      left to itself, would have made otherwise
+    kl, router_shift  mismatch of the first step: nats per token; share of the choices of experts that the trainer's
+                      router, left to itself, would have made otherwise
     gate_fired        whether run `gate` was stopped before its first update
     quick             what was run
 """
