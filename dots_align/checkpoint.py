@@ -377,20 +377,22 @@ def check_parallel(recipe: Any) -> None:
     others just end.
     """
 
-    def check() -> None:
-        if recipe.model.preset is not None:
-            num_experts: Any = preset_config(recipe.model.preset).n_routed_experts
-        else:
-            _, base = model_directories(recipe.model)
-            num_experts = json.loads((base / "config.json").read_text(encoding="utf-8"))["n_routed_experts"]
-        check_layout(recipe.parallel, world_size(), num_experts)
-
     try:
-        check()
+        check_layout_of(recipe, world_size())
     except ValueError:
         if is_main_process():
             raise
         leave_to_main()
+
+
+def check_layout_of(recipe: Any, num_processes: int) -> None:
+    """Raises ValueError if `recipe.parallel` is impossible for the recipe's model on so many processes."""
+    if recipe.model.preset is not None:
+        num_experts: Any = preset_config(recipe.model.preset).n_routed_experts
+    else:
+        _, base = model_directories(recipe.model)
+        num_experts = json.loads((base / "config.json").read_text(encoding="utf-8"))["n_routed_experts"]
+    check_layout(recipe.parallel, num_processes, num_experts)
 
 
 def stored_dtype(directory: Path) -> Literal["float32", "bfloat16"]:

@@ -135,6 +135,11 @@ def _stage(options: argparse.Namespace) -> None:
     from dots_align.runtime import setup_logging, start_processes, stop_processes, world_size
 
     setup_logging()
+    if recipe.stage in ("grpo", "ppo") and recipe.launch.backend == "verl":
+        from dots_align.verl_plugin.launch import run
+
+        run(recipe)
+        return
     if recipe.stage != "pipeline":
         from dots_align.checkpoint import check_parallel
 

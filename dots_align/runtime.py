@@ -225,6 +225,9 @@ def _identity(recipe: Section) -> dict[str, Any]:
     values = recipe_dict(recipe)
     for key in ("overwrite", "parallel"):
         values.pop(key, None)
+    launch = values.pop("launch", {"backend": "embedded"})
+    if launch["backend"] != "embedded":  # its checkpoints and its order of minibatches are others
+        values["launch"] = {key: launch[key] for key in ("backend", "mode", "warmup_batches")}
     train = values.get("train") or {}
     if "per_device_train_batch_size" in train:
         parts = train.pop("per_device_train_batch_size"), train.pop("gradient_accumulation_steps"), world_size()

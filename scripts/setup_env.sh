@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv in the repository root with the package (editable), its dev tools and TensorBoard, at the versions of
-# constraints.txt. Run again it returns at once, until pyproject.toml or constraints.txt changes. The other scripts call it.
+# Makes .venv in the repository root with the package (editable), its dev tools, TensorBoard and what verl's trainer
+# needs, at the versions of constraints.txt. Run again it returns at once, until pyproject.toml or constraints.txt
+# changes. The other scripts call it.
 #
 #   scripts/setup_env.sh                      # the first Python 3.11 or 3.12 that works
 #   PYTHON=/path/to/python scripts/setup_env.sh
@@ -169,7 +170,7 @@ fi
 if [ -n "$reason" ]; then
     python="$(find_python)"
     make_venv "$python"
-elif "$VENV/bin/python" -m pip install --quiet --no-index --no-build-isolation -c constraints.txt -e '.[dev,tensorboard]' \
+elif "$VENV/bin/python" -m pip install --quiet --no-index --no-build-isolation -c constraints.txt -e '.[dev,tensorboard,cluster]' \
     >"$LOG" 2>&1 </dev/null; then
     wanted >"$STAMP" # all of it was there already (only tool settings changed, say): no network needed
     say "ready: .venv was refreshed"
@@ -184,7 +185,7 @@ if ! torch_is_there "$torch"; then
     pip_install "$torch"
 fi
 say "installing dots-align and what it needs (some minutes the first time)"
-pip_install -e '.[dev,tensorboard]'
+pip_install -e '.[dev,tensorboard,cluster]'
 
 wanted >"$STAMP"
 rm -f "$UNFINISHED"

@@ -271,6 +271,26 @@ class RolloutSection(Section):
     partial: PartialRolloutSection | None = None
 
 
+class LaunchSection(Section):
+    """What runs an RL recipe: the loop of ours in the processes of this launch, or verl's trainer over Ray.
+
+    The keys below `backend` are for verl.
+    """
+
+    backend: Literal["embedded", "verl"] = "embedded"
+    num_nodes: int = Field(default=1, ge=1)
+    processes_per_node: int = Field(default=8, ge=1, description="one for each GPU; without GPUs, as many as asked for")
+    ray_address: str | None = Field(
+        default=None, description="of a Ray cluster that is up (`auto` or host:port); null: one is started, here"
+    )
+    object_store_gib: float | None = Field(default=None, gt=0, description="of a Ray that is started; null: Ray's own")
+    mode: Literal["sync", "colocate_async"] = Field(
+        default="sync",
+        description="colocate_async: what is unfinished at an update goes on after it, and prompts are asked for ahead",
+    )
+    warmup_batches: float = Field(default=1.0, ge=0, description="of colocate_async: steps that are asked for ahead")
+
+
 class RlTrainSection(Section):
     """How long and in what batches the RL loop trains."""
 
@@ -418,6 +438,7 @@ class _SampledRecipe(_StageRecipe):
     rollout: RolloutSection = RolloutSection()
     rewards: tuple[RewardSection, ...] = Field(min_length=1)
     scoring: ScoringSection = ScoringSection()
+    launch: LaunchSection = LaunchSection()
 
     @model_validator(mode="after")
     def _rewards_have_names(self):

@@ -259,11 +259,13 @@ class TrainingEngine:
         *,
         routes: Routes | None = None,
         record: dict[int, bytes | None] | None = None,
+        observer: Callable[[Any], None] | None = None,
     ) -> dict[int, torch.Tensor]:
         """Log-probs (a critic's: values) [T_i] of each member's response, without gradients.
 
         Args:
             model: another one, a reference. routes: to replay. record: gets the routes of every member.
+            observer: sees each micro-batch's scores.
         """
         found: dict[int, torch.Tensor] = {}
         with torch.no_grad():
@@ -274,6 +276,8 @@ class TrainingEngine:
                 recording = nullcontext() if record is None else record_routes(self.model)
                 with self._replayed(trajectories, batch, routes), recording as recorded:
                     scores = self._forward(model or self.model, trajectories, batch)
+                if observer is not None:
+                    observer(scores)
                 if record is not None and recorded is not None:
                     record.update(_split_routes(recorded.take(), scores))
                 for row, index in enumerate(scores.members):

@@ -152,8 +152,7 @@ class RolloutEngine:
         """The samples of requests as they end, numbered by their place in the list. If it is not read to its end, what
         has not ended is lost; over several processes all have to read to the end.
         """
-        sharded = is_sharded(self.model)
-        if not requests and not sharded:
+        if not requests and not is_sharded(self.model):
             return
         numbers: dict[int, int] = {}
         try:
@@ -164,7 +163,7 @@ class RolloutEngine:
                         yield Failed(place, f"request {place}: {refusal}")
                         continue
                     numbers[self.submit(request, return_routes)] = place
-                while _anyone(self.has_work) if sharded else self.has_work:
+                while self.anyone_has_work():
                     for event in self.step():
                         place = numbers[event.request]
                         if isinstance(event, Failed):
@@ -182,6 +181,10 @@ class RolloutEngine:
     @property
     def has_work(self) -> bool:
         return bool(self._ended) or self.scheduler.has_work
+
+    def anyone_has_work(self) -> bool:
+        """Whether this process has work, or, if the model is sharded, any of them; collective then."""
+        return _anyone(self.has_work) if is_sharded(self.model) else self.has_work
 
     def refusal(self, request: GenerationRequest) -> str | None:
         """Why a request cannot be done, or None."""

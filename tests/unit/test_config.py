@@ -24,7 +24,7 @@ from dots_align.config import (
 
 ROOT = Path(__file__).resolve().parents[2]
 # Folders under recipes/ whose files belong to other programs.
-FOREIGN = {"accelerate", "verl"}
+FOREIGN = {"accelerate"}
 SHIPPED = [p for p in sorted((ROOT / "recipes").rglob("*.yaml")) if not FOREIGN & set(p.parts)]
 
 GRPO = """\

@@ -1,0 +1,109 @@
+"""`launch.backend=verl`: writes verl's configuration beside the run, starts its trainer, and follows its logs."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from dots_align.checkpoint import check_layout_of, ensure_start, newest_whole, step_of
+from dots_align.evals.publisher import Publisher
+from dots_align.runtime import MetricsLog, logger, open_run_directory, world_size
+from dots_align.verl_plugin.follow import Follower
+from dots_align.verl_plugin.mapping import LOADING, STRATEGY, verl_config
+
+POLL_SECONDS = 1.0
+EXTRA = ("transfer_queue", "cachetools")
+
+
+def run(recipe: Any) -> Path:
+    """Trains under verl and returns the last checkpoint's directory.
+
+    Raises:
+        ValueError: something in the recipe or on this machine does not allow it, or verl's trainer failed.
+    """
+    _check(recipe)
+    run_dir = open_run_directory(recipe)
+    start = ensure_start(recipe, run_dir)
+    command = write_config(recipe, start, run_dir)
+    publisher = Publisher(run_dir, recipe, "", [])
+    resume = newest_whole(run_dir)
+    log = MetricsLog(run_dir, step_of(resume) if resume else 0, recipe.logging.report_to)
+    code = _start(command, run_dir / "verl", Follower(run_dir, log, recipe, publisher))
+    if code != 0:
+        raise ValueError(
+            f"verl's trainer ended with status {code}; what it said is in {run_dir / 'verl' / 'log.txt'} (most likely "
+            "the first error there is the cause)"
+        )
+    last = newest_whole(run_dir)
+    assert last is not None, "verl saves at its last step"
+    return last
+
+
+def _check(recipe: Any) -> None:
+    if world_size() > 1:
+        raise ValueError(
+            "launch.backend=verl: Ray starts the processes itself; run this once, without accelerate or torchrun"
+        )
+    if missing := [name for name in EXTRA if find_spec(name) is None]:
+        raise ValueError(
+            f"launch.backend=verl: {', '.join(missing)} not installed; pip install -c constraints.txt -e '.[cluster]'"
+        )
+    launch = recipe.launch
+    check_layout_of(recipe, launch.num_nodes * launch.processes_per_node)
+    here = torch.cuda.device_count()
+    if launch.ray_address is None and launch.num_nodes > 1:
+        raise ValueError(
+            f"launch.num_nodes={launch.num_nodes}: start Ray on each node (ray start --head, then ray start --address) "
+            "and give launch.ray_address=auto"
+        )
+    if launch.ray_address is None and 0 < here < launch.processes_per_node:
+        raise ValueError(
+            f"launch.processes_per_node={launch.processes_per_node}: there are {here} GPUs here; each process needs one"
+        )
+
+
+def write_config(recipe: Any, start: Any, run_dir: Path) -> list[str]:
+    """Writes verl's configuration; returns the command that starts its trainer with it."""
+    directory = (run_dir / "verl").resolve()
+    config = verl_config(recipe, start, run_dir.resolve() / "run.json")
+    if recipe.launch.ray_address is None and not torch.cuda.is_available():
+        config["ray_kwargs"]["ray_init"]["num_gpus"] = recipe.launch.processes_per_node  # what verl counts processes in
+    directory.mkdir(exist_ok=True)
+    (directory / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    agent_loop = [{"name": STRATEGY, "_target_": "dots_align.verl_plugin.agent_loop.SampleLoop"}]
+    (directory / "agent_loop.yaml").write_text(yaml.safe_dump(agent_loop), encoding="utf-8")
+    logger.info("verl's configuration: %s", directory / "config.yaml")
+    hydra = ["hydra.output_subdir=null", f"hydra.run.dir={directory}"]
+    options = ["--config-path", str(directory), "--config-name", "config"]
+    return [sys.executable, "-m", "verl.trainer.main_ppo", *options, *hydra]
+
+
+def _start(command: list[str], directory: Path, follower: Follower) -> int:
+    """Runs verl's trainer to its end, and passes on what it logs."""
+    environment = {
+        **os.environ,
+        "VERL_USE_EXTERNAL_MODULES": LOADING,
+        "VERL_FILE_LOGGER_PATH": str(follower.metrics),
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    logger.info("%s (its output: %s)", " ".join(command), directory / "log.txt")
+    with (directory / "log.txt").open("w", encoding="utf-8") as out:
+        child = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        try:
+            while child.poll() is None:
+                time.sleep(POLL_SECONDS)
+                follower.read()
+        finally:
+            if child.poll() is None:
+                child.terminate()
+                child.wait()
+            follower.read()
+    return child.returncode
