@@ -124,6 +124,27 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("output", type=Path, help="JSONL file, a line per prompt; run again to go on with it")
     generate.add_argument("overrides", nargs="*", metavar="key=value", help="num_samples=16 temperature=0.7, and so on")
     generate.epilog = "keys and their defaults: " + " ".join(generation_keys())
+    experts = command("experts", "expert load by layer and domain, and how checkpoints differ in it", _experts)
+    experts.add_argument(
+        "checkpoints",
+        nargs="+",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="several are compared; a run stands for all of its",
+    )
+    experts.add_argument(
+        "--data",
+        nargs="+",
+        required=True,
+        metavar="[NAME=]FILE[:FIELD,FIELD]",
+        help="a domain: JSONL, Parquet, synthetic:sft",
+    )
+    experts.add_argument("--max-tokens", type=int, default=100_000, help="of each domain; default: 100000")
+    experts.add_argument("--max-length", type=int, default=2048, help="tokens of a sequence; longer ones are cut")
+    experts.add_argument(
+        "--output", type=Path, help="the page; default: <last checkpoint>-experts.html, JSON beside it"
+    )
+    experts.add_argument("--json", action="store_true", help="print JSON")
     report = command("report", "write one self-contained HTML page about a run, or several", _report)
     report.add_argument("run_dirs", nargs="+", type=Path, metavar="RUN", help="several are compared")
     report.add_argument("--output", type=Path, help="default: <RUN>/report.html; of several, compare.html beside them")
@@ -235,6 +256,16 @@ def _generate(options: argparse.Namespace) -> None:
     if is_main_process():
         print(options.output)
     stop_processes()
+
+
+def _experts(options: argparse.Namespace) -> None:
+    from dots_align.runtime import setup_logging
+
+    setup_logging()
+    from dots_align.experts.command import run
+
+    how = options.output, options.max_tokens, options.max_length, options.json
+    print(run(options.checkpoints, options.data, *how))
 
 
 def _report(options: argparse.Namespace) -> None:

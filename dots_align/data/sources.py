@@ -71,15 +71,25 @@ def _read(data: DataSection, parse: Callable[[dict[str, Any], str], Record]) -> 
     path = Path(data.path)
     if not path.is_file():
         raise ValueError(f"data.path={path}: no such file; give a JSONL or Parquet file, or synthetic:…")
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
     records = []
-    for source, row in rows:
+    for source, row in rows_of(path):
         records.append(parse(row, source))
         if data.max_samples is not None and len(records) == data.max_samples:
             break
     if not records:
         raise ValueError(f"{path}: the data set is empty; it needs at least one record")
     return records
+
+
+def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(`path:line`, record) of a JSONL or Parquet file, whatever its fields.
+
+    Raises:
+        ValueError: no such file, or a line that is no JSON object.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give a JSONL or Parquet file")
+    yield from _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -71,10 +71,11 @@ const Charts = (() => {
 
   // ---- a chart ----------------------------------------------------------------------------------------------------
   // series: [{name, steps, values, tone?, dash?}]; scale: linear, log, percent; kind: lines or stack.
-  function chart(host, { series, label, span = new Span(), scale = "linear", kind = "lines", height = 190, legend = true, marker = null }) {
-    const state = { series, label, span, scale, kind, height, marker, at: null, draft: null };
+  // unit, naming: what the places of the x axis are (steps, say, or layers), and what each is called.
+  function chart(host, { series, label, span = new Span(), scale = "linear", kind = "lines", height = 190, legend = true, marker = null, unit = "step", naming = (at) => `${unit} ${whole(at)}` }) {
+    const state = { series, label, span, scale, kind, height, marker, unit, naming, at: null, draft: null };
     series.forEach((one, i) => { one.tone ??= colour(i); });
-    const holder = el("div", { class: "chart", tabindex: 0, role: "application", "aria-roledescription": "chart", "aria-label": describe(state) });
+    const holder = el("div", { class: "chart", tabindex: 0, role: "application", "aria-roledescription": "chart", "aria-label": describe(state), style: { "min-height": `${height}px` } });
     if (legend) host.append(legendOf(series, scale));
     host.append(holder);
     const redraw = keepDrawn(holder, (width) => draw(holder, state, width));
@@ -171,10 +172,10 @@ const Charts = (() => {
     return svg("path", { class: "area", "data-series": one.name, d: `M${[...top, ...bottom].join("L")}Z`, style: { fill: one.tone, stroke: one.tone } });
   }
 
-  function describe({ series, label, scale }) {
+  function describe({ series, label, scale, unit }) {
     const parts = series.map((one) => {
       const values = one.values.filter(known);
-      return values.length ? `${one.name} from ${format(values[0], scale === "percent")} at step ${one.steps[0]} to ${format(values[values.length - 1], scale === "percent")} at step ${one.steps[one.steps.length - 1]}`
+      return values.length ? `${one.name} from ${format(values[0], scale === "percent")} at ${unit} ${one.steps[0]} to ${format(values[values.length - 1], scale === "percent")} at ${unit} ${one.steps[one.steps.length - 1]}`
         : `${one.name} without values`;
     });
     return `${label}: ${parts.join("; ")}. Left and right read values, plus and minus zoom, Escape shows all.`;
@@ -245,11 +246,11 @@ const Charts = (() => {
       if (!one.steps.length) return null;
       const near = nearest(one.steps, step);
       const value = state.kind === "stack" ? one.values[near] - one.low[near] : one.raw[near];
-      return tipRow(one.tone, one.name + (one.steps[near] === step ? "" : ` (step ${one.steps[near]})`), format(value, state.scale === "percent"));
+      return tipRow(one.tone, one.name + (one.steps[near] === step ? "" : ` (${state.unit} ${one.steps[near]})`), format(value, state.scale === "percent"));
     });
     followPointer(state, step);
     state.span.point(step, state);
-    showTip(place.left + state.x(step), clientY ?? place.top + 30, el("div", { class: "muted" }, `step ${whole(step)}`), rows);
+    showTip(place.left + state.x(step), clientY ?? place.top + 30, el("div", { class: "muted" }, state.naming(step)), rows);
   }
 
   // The line at a step and the dots on the curves there.
@@ -281,14 +282,14 @@ const Charts = (() => {
     return box;
   }
 
-  function asTable(title, { series, scale, span }) {
+  function asTable(title, { series, scale, span, unit = "step", naming = unit === "step" ? whole : (at) => `${unit} ${at}` }) {
     const [from, to] = span?.zoom || [-Infinity, Infinity];
     const all = [...new Set(series.flatMap((one) => one.steps))].filter((step) => step >= from && step <= to).sort((a, b) => a - b);
     const every = Math.ceil(all.length / TABLE_ROWS), steps = all.filter((_, i) => i % every === 0 || i === all.length - 1);
     const columns = series.map((one) => new Map(one.steps.map((step, i) => [step, one.values[i]])));
-    const caption = every > 1 ? `${title}, every ${every}th of ${whole(all.length)} steps` : title;
-    return el("table", {}, el("caption", {}, caption), el("thead", {}, el("tr", {}, el("th", { scope: "col" }, "step"), series.map((one) => el("th", { scope: "col", class: "num" }, one.name)))),
-      el("tbody", {}, steps.map((step) => el("tr", {}, el("th", { scope: "row" }, whole(step)), columns.map((column) => el("td", { class: "num" }, column.has(step) ? format(column.get(step), scale === "percent") : ""))))));
+    const caption = every > 1 ? `${title}, every ${every}th of ${whole(all.length)} ${unit}s` : title;
+    return el("table", {}, el("caption", {}, caption), el("thead", {}, el("tr", {}, el("th", { scope: "col" }, unit), series.map((one) => el("th", { scope: "col", class: "num" }, one.name)))),
+      el("tbody", {}, steps.map((step) => el("tr", {}, el("th", { scope: "row" }, naming(step)), columns.map((column) => el("td", { class: "num" }, column.has(step) ? format(column.get(step), scale === "percent") : ""))))));
   }
 
   // A curve without axes, for a line of text.

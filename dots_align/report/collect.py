@@ -44,12 +44,12 @@ def collect(run_dirs: Sequence[Path]) -> Report:
     """Reads the runs; ValueError where one holds neither a stage run nor a pipeline."""
     blobs = Blobs()
     runs = [read_run(Path(run_dir), blobs) for run_dir in run_dirs]
-    for run, name in zip(runs, _distinct_names([Path(run_dir).resolve() for run_dir in run_dirs]), strict=True):
+    for run, name in zip(runs, distinct_names([Path(run_dir).resolve() for run_dir in run_dirs]), strict=True):
         run.name = name
     return Report(runs, blobs)
 
 
-def _distinct_names(paths: Sequence[Path]) -> list[str]:
+def distinct_names(paths: Sequence[Path]) -> list[str]:
     """The directories' names, with as many parents as it takes to tell them apart."""
     depth = 1
     while depth < 4 and len({path.parts[-depth:] for path in paths}) < len(set(paths)):

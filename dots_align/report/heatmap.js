@@ -12,31 +12,29 @@ const Heat = (() => {
 
   const mix = (a, b, t) => `rgb(${a.map((from, i) => Math.round(from + (b[i] - from) * t)).join(" ")})`;
 
-  // A function from a value to a colour. ratio: 1 is neutral, a half or less is full blue, double or more full orange;
+  // A function from a value to a colour. ratio: 1 is neutral, 1/reach or less is full blue, reach or more full orange;
   // share: from nothing to 1; change: 0 is neutral, -1 and 1 are the ends.
-  function colours(scale) {
+  function colours(scale, reach) {
     const [neutral, over, under] = [rgb("--neutral"), rgb("--over"), rgb("--under")];
     const diverging = (t) => mix(neutral, t > 0 ? over : under, clamp(Math.abs(t), 0, 1));
-    if (scale === "ratio") return (value) => diverging(value > 0 ? Math.log2(value) : -1);
+    if (scale === "ratio") return (value) => diverging(value > 0 ? Math.log2(value) / Math.log2(reach) : -1);
     if (scale === "change") return diverging;
     return (value) => mix(neutral, over, clamp(value, 0, 1));
   }
 
   const LEGENDS = {
-    ratio: ["half its fair share or less", "double or more"],
+    ratio: ["", ""],
     share: ["none", "all"],
     change: ["less", "more"],
   };
 
   // rows, columns: names; at(i, j): the value of a cell; tip(i, j): rows of the tooltip; side: {title, text(i), bar(i) 0…1}.
   function map(host, { rows, columns, at, tip, label, scale = "ratio", corner = "", side = null, legend = true }) {
-    const canvas = el("canvas"), holder = el("div", { class: "heat", tabindex: 0, role: "application", "aria-roledescription": "heatmap" }, canvas);
+    const canvas = el("canvas"), holder = el("div", { class: "heat", tabindex: 0, role: "application", "aria-roledescription": "heatmap", style: { "min-height": `${TOP + rows.length * 11}px` } }, canvas);
     host.append(holder);
-    if (legend) {
-      const [low, high] = LEGENDS[scale];
-      host.append(el("div", { class: "scale" }, low, el("i", { class: scale }), high));
-    }
-    const state = { rows, columns, at, tip, scale, corner, side, cursor: null };
+    const ends = LEGENDS[scale].map((text) => el("span", {}, text));
+    if (legend) host.append(el("div", { class: "scale" }, ends[0], el("i", { class: scale }), ends[1]));
+    const state = { rows, columns, at, tip, scale, corner, side, ends, cursor: null };
     const say = () => holder.setAttribute("aria-label", `${typeof label === "function" ? label() : label}. Arrow keys read cells.`);
     say();
     const redraw = keepDrawn(holder, (width) => paint(canvas, state, width));
@@ -51,6 +49,12 @@ const Heat = (() => {
     return { wide, tall, gap: wide > 5 ? 1.5 : wide > 3 ? 0.5 : 0, height: Math.ceil(TOP + tall * rows.length + 2), right };
   }
 
+  // Twice the fair share is a lot where load is even; where most cells are beyond that, it takes more to stand out.
+  function reachOf({ rows, columns, at }) {
+    const far = rows.map((_, i) => columns.filter((_, j) => Math.abs(Math.log2(Math.max(at(i, j), 1e-9))) > 1.2).length).reduce((a, b) => a + b, 0);
+    return far > 0.25 * rows.length * columns.length ? 8 : 2;
+  }
+
   function paint(canvas, state, width) {
     const place = layout(state, width), { wide, tall, gap, height } = place, ratio = devicePixelRatio || 1;
     Object.assign(state, place, { width });
@@ -58,7 +62,8 @@ const Heat = (() => {
     canvas.height = Math.round(height * ratio);
     canvas.style.width = `${width}px`;
     canvas.style.height = `${height}px`;
-    const context = canvas.getContext("2d"), colour = colours(state.scale);
+    const reach = state.scale === "ratio" ? reachOf(state) : 1, context = canvas.getContext("2d"), colour = colours(state.scale, reach);
+    if (state.scale === "ratio") [`1/${reach} of its fair share or less`, `${reach} times or more`].forEach((text, i) => { state.ends[i].textContent = text; });
     context.scale(ratio, ratio);
     state.rows.forEach((_, i) => state.columns.forEach((_, j) => {
       context.fillStyle = colour(state.at(i, j));

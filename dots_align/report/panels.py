@@ -32,7 +32,12 @@ class _Spec:
     first_only: bool = False
 
 
-SECONDS = r"(\w+_)?seconds"
+# Phases that follow each other, the finest that a run logs; what runs beside them would be counted twice.
+PHASES = (
+    ("rollout_wait_seconds", "update_seconds"),
+    ("sampling_seconds", "score_seconds", "update_seconds"),
+    ("rollout_seconds", "update_seconds"),
+)
 SPECS: tuple[_Spec, ...] = (
     _Spec("Reward", (r"reward|reward[_/]mean|mean_reward", r"reward_(?!errors).+|greedy_reward|overlong_penalty")),
     _Spec("Implicit rewards", (r"rewards/(chosen|rejected|margins)",)),
@@ -61,8 +66,9 @@ SPECS: tuple[_Spec, ...] = (
         "Groups and graders", (r"zero_variance_groups|dropped_groups|reward_errors|refill_rounds",), note="count a step"
     ),
     _Spec("Ends by itself", (r"stop_rate",), "percent"),
+    _Spec("Staleness", (r"staleness(_max)?",), note="steps behind the trainer"),
     _Spec("Router", (r"router_(entropy|score_entropy)",), note="entropy, 1 = even"),
-    _Spec("Time per phase", (SECONDS,), kind="stack", note="seconds a step"),
+    *(_Spec("Time per phase", ("|".join(names),), kind="stack", note="seconds a step") for names in PHASES),
 )
 AGREEMENT = "Train/rollout agreement"
 
@@ -70,7 +76,12 @@ AGREEMENT = "Train/rollout agreement"
 def choose_panels(series: Mapping[str, Series]) -> tuple[list[Panel], list[Panel]]:
     """(headline panels, groups of every other metric) for the metrics of one stage."""
     names = sorted(series)
-    headline = [panel for spec in SPECS if (panel := _panel(spec, names, series))]
+    headline: list[Panel] = []
+    for spec in SPECS:
+        panel = _panel(spec, names, series)
+        whole = spec.kind == "lines" or (panel is not None and len(panel.names) == spec.patterns[0].count("|") + 1)
+        if panel is not None and whole and all(panel.title != earlier.title for earlier in headline):
+            headline.append(panel)
     shown = {name for panel in headline for name in panel.names}
     groups: dict[str, list[str]] = {}
     for name in names:

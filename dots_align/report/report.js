@@ -324,10 +324,10 @@
   // ---- the page ---------------------------------------------------------------------------------------------------
   function navigation() {
     const nav = document.getElementById("nav");
-    nav.append(el("a", { href: "#page" }, "Summary"), ...(SLOTS.length > 1 || many ? SLOTS : []).map((slot) => el("a", { href: `#${slot.id}`, class: slot.entries.some(({ stage }) => stage.findings.length) ? "bad" : null }, slot.name)));
+    nav.append(el("a", { href: "#page" }, "Summary"), ...SLOTS.map((slot) => el("a", { href: `#${slot.id}`, class: slot.entries.some(({ stage }) => stage.findings.length) ? "bad" : null }, slot.name)));
     const links = [...nav.children];
     const spy = () => {
-      const passed = links.length > 1 ? SLOTS.filter((slot) => document.getElementById(slot.id).getBoundingClientRect().top < innerHeight * 0.25).length : 0;
+      const passed = SLOTS.filter((slot) => document.getElementById(slot.id).getBoundingClientRect().top < innerHeight * 0.25).length;
       links.forEach((link, i) => link.setAttribute("aria-current", i === passed));
     };
     addEventListener("scroll", spy, { passive: true });

@@ -8,9 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from dots_align.report.page import write_report
+from dots_align.experts.analysis import Analysis, CheckpointLoad, Shift
+from dots_align.experts.domains import Domain
+from dots_align.experts.result import as_values
+from dots_align.experts.weights import WeightChange
+from dots_align.report.page import BASE_SCRIPTS, render_page, write_report
 from tests.e2e.browser import BROWSER, NAMES, Browser
 
 HOSTILE = "</script><img src=x onerror=\"document.title='pwned'\"><script>document.title='pwned'</script>"
@@ -106,7 +111,7 @@ STAGE = "#stage-1"  # grpo
 
 def text(browser: Browser, selector: str) -> str:
     found = browser.run(f"document.querySelector({json.dumps(selector)}).innerText")
-    return re.sub(r"\s+", " ", found)
+    return re.sub(r"\s+", " ", found).strip()
 
 
 def count(browser: Browser, selector: str) -> int:
@@ -374,3 +379,44 @@ def test_a_part_that_cannot_be_drawn_leaves_the_rest(running: Browser, page: Pat
     assert "This part could not be drawn" in text(running, f"{STAGE} .experts")
     assert running.run("document.documentElement.dataset.errors")
     assert shown_of_all(running) == f"{SAMPLES} of {SAMPLES}"
+
+
+def make_experts_page(path: Path) -> Path:
+    """Two checkpoints of 2 layers and 4 experts; the second sends maths to expert 0 of layer 1."""
+    even, skewed = [[25, 25, 25, 25], [40, 20, 20, 20]], [[70, 10, 10, 10], [25, 25, 25, 25]]
+    counts = [{"maths": np.array(table), "prose": np.array(even)} for table in (even, skewed)]
+    shift = {name: np.array([0.5, 0.1]) for name in counts[0]}
+    loads = [
+        CheckpointLoad("checkpoint-1", "runs/x/checkpoint-1", 1, counts[0]),
+        CheckpointLoad("checkpoint-2", "runs/x/checkpoint-2", 2, counts[1], [Shift("checkpoint-1", shift, shift)]),
+    ]
+    change = WeightChange(*(np.full((2, 4), value) for value in (0.1, 0.2, -0.01)))
+    domains = [Domain("maths", "maths.jsonl"), Domain("prose", HOSTILE)]
+    found = Analysis([1, 2], 4, 1, domains, {"maths": 100, "prose": 100}, loads, change)
+    path.write_bytes(render_page("experts", {"experts": as_values(found)}, (*BASE_SCRIPTS, "experts.js"), {}))
+    return path
+
+
+def test_the_page_of_experts(running: Browser, tmp_path: Path) -> None:
+    running.complaints.clear()
+    running.open(make_experts_page(tmp_path / "experts.html"))
+    assert "30.0% of all choices of experts differ between checkpoint-1 and checkpoint-2." in text(running, "h1")
+    first = "#specialists tbody tr:nth-child(1)"
+    assert text(running, first) == "1 0 maths 2.80× 1.00×"
+    load = "[aria-label='Expert load']"
+    running.center(f"{load} .heat")
+    focus(running, f"{load} .heat")
+    running.press("ArrowRight")
+    assert text(running, "#tip") == "layer 1, expert 0 maths 2.80× prose 1.00×"
+    node = f"document.querySelector(\"{load} select[aria-label='checkpoint']\")"
+    running.run(f"{node}.value = '0', {node}.dispatchEvent(new Event('change'))")
+    running.press("ArrowLeft")
+    assert text(running, "#tip") == "layer 1, expert 0 maths 1.00× prose 1.00×"
+    for place in range(0, running.run("document.documentElement.scrollHeight"), 600):
+        running.run(f"scrollTo(0, {place})")
+        running.settle()
+    running.click("[aria-label='Router shift by layer'] button")
+    assert text(running, "[aria-label='Router shift by layer'] tbody tr") == "layer 1 50% 50%"
+    assert count(running, "main img, main script") == 0
+    assert running.complaints == []
+    assert running.run("document.documentElement.dataset.errors || null") is None

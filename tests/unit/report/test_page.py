@@ -410,6 +410,19 @@ def test_panels_by_name() -> None:
     assert reward.names == ["grpo/reward", "grpo/reward_format"]
 
 
+def test_phases_are_not_counted_twice() -> None:
+    one = curves.Series([1], [0.5], 1)
+    logged = ["rollout_seconds", "sampling_seconds", "score_seconds", "score_busy_seconds", "update_seconds"]
+    for more, phases in (
+        ([], ["sampling_seconds", "score_seconds", "update_seconds"]),
+        (["rollout_wait_seconds"], ["rollout_wait_seconds", "update_seconds"]),
+    ):
+        (panel,), _ = panels.choose_panels({f"grpo/{name}": one for name in logged + more})
+        assert (panel.kind, panel.names) == ("stack", [f"grpo/{name}" for name in phases])
+    (panel,), _ = panels.choose_panels({"grpo/rollout_seconds": one, "grpo/update_seconds": one})
+    assert panel.names == ["grpo/rollout_seconds", "grpo/update_seconds"]
+
+
 def test_what_a_scale_cannot_show_is_drawn_on_another() -> None:
     (accuracy,), _ = panels.choose_panels({"sft/accuracy": curves.Series([1], [85.0], 1)})
     assert accuracy == panels.Panel("Accuracy", ["sft/accuracy"], scale="linear")
