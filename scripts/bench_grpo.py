@@ -7,8 +7,9 @@ function, and take one optimizer step per rollout with the same loss. The weight
 answers end by themselves, at lengths that differ. The reward is the share of digits in an answer: it tells any two
 answers apart, and can be raised in a few steps.
 
-Each preset runs `plain` (TRL's defaults: no KL term, so nobody needs log-probs beforehand) and `kl` (a KL term to a
-frozen reference). A step is split, by a clock around each side's own methods, into
+Each preset and dtype (bfloat16: `train.bf16` and TRL's `bf16`) runs `plain` (TRL's defaults: no KL term, so nobody needs
+log-probs beforehand) and `kl` (a KL term to a frozen reference). A step is split, by a clock around each side's own
+methods, into
 
     rollout   sampling               score   the reward function
     logprob   forwards without gradients: of the reference, or of the policy before the update
@@ -19,14 +20,15 @@ All are medians over steps; the first step of each run is warm-up. Prints a tabl
 
     step_ratio   TRL's seconds per step over ours, the worst row
     split        {phase: [ours, TRL]} seconds of that row
-    rows         of each row `preset setting`: its ratio, split, and both reward curves
-    reward       [ours, TRL] mean reward over the last quarter of the steps of `tiny plain`, the longest run
+    rows         of each row `preset dtype setting`: its ratio, split, and both reward curves
+    reward       [ours, TRL] mean reward over the last quarter of the steps of the longest run
     quick        what was run
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -70,9 +72,10 @@ SFT_STEPS = {"tiny": 80, "small": 30}  # of 512 tokens
 MAX_TOKENS = 48
 TRL_MICRO_BATCH = 64  # sequences; TRL's default of 8 is slower here
 SETTINGS = {"plain": 0.0, "kl": 0.05}
+DTYPES = ("float32", "bfloat16")
 # (prompts, responses to each) of a step: of tiny those of its recipe; of small few, so that all takes minutes.
 SIZES = {"tiny": (32, 8), "small": (4, 16)}
-STEPS = {"tiny plain": 8, "tiny kl": 3, "small plain": 2, "small kl": 2}  # after the warm-up
+STEPS = {("tiny", "plain"): 8, ("tiny", "kl"): 3, ("small", "plain"): 2, ("small", "kl"): 2}  # after the warm-up
 REWARD = '''
 from dots_align.types import reward_range
 
@@ -136,6 +139,7 @@ class Task:
     start: Path
     reward: Path
     kl_coef: float
+    dtype: str
     num_prompts: int
     group_size: int
     num_steps: int
@@ -152,7 +156,8 @@ class Task:
                 "rewards": [{"function": f"{self.reward}:digits"}],
                 "rollout": {"group_size": self.group_size, "max_tokens": MAX_TOKENS, "max_num_sequences": 256},
                 "algorithm": {"name": "grpo", "kl_coef": self.kl_coef},
-                "train": {"max_steps": self.num_steps, "num_prompts_per_step": self.num_prompts},
+                "train": {"max_steps": self.num_steps, "num_prompts_per_step": self.num_prompts}
+                | {"bf16": self.dtype == "bfloat16"},
                 "optim": {"learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant"},
                 "save": {"save_steps": None},
             }
@@ -226,7 +231,7 @@ def trl_arguments(task: Task, directory: Path) -> GRPOConfig:
         adam_beta2=0.95,
         optim="adamw_torch_fused",
         use_cpu=not torch.cuda.is_available(),
-        bf16=False,
+        bf16=task.dtype == "bfloat16",
         gradient_checkpointing=False,
         save_strategy="no",
         logging_steps=1,
@@ -287,7 +292,7 @@ def print_row(name: str, ours: Side, trl: Side) -> None:
     for label, side in (("ours", ours), ("TRL", trl)):
         seconds = " ".join(f"{side.phases[phase]:8.3f}" for phase in ("step", *PHASES))
         ratio = f"{trl.phases['step'] / ours.phases['step']:8.2f}x" if side is ours else ""
-        print(f"{name if side is ours else '':12} {label:5} {seconds} {ratio}")
+        print(f"{name if side is ours else '':20} {label:5} {seconds} {ratio}")
     for label, side in (("ours", ours), ("TRL", trl)):
         curve = " ".join(f"{value:.3f}" for value in side.rewards)
         print(f"  reward, {label:5} {curve}   (mean answer: {statistics.mean(side.lengths):.1f} tokens)", flush=True)
@@ -310,11 +315,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny, few and short steps: under a minute on 2 cores")
     parser.add_argument("--presets", nargs="*", choices=tuple(SIZES), default=list(SIZES))
     parser.add_argument("--settings", nargs="*", choices=tuple(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--steps", type=int, help=f"timed steps of each run (default {STEPS})")
+    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--steps", type=int, help="timed steps of each run (default 8 of tiny plain, 3 of kl, else 2)")
     parser.add_argument("--seed", type=int, default=0, help="of the prompts and of what is sampled (default 0)")
     options = parser.parse_args()
     if options.quick:
-        options.presets, options.settings, options.steps = ["tiny"], ["kl"], 2
+        options.presets, options.settings, options.dtypes, options.steps = ["tiny"], ["kl"], ["float32"], 2
     return options
 
 
@@ -338,18 +344,19 @@ def main() -> None:
     options = parse()
     setup_logging()
     rows: dict[str, dict[str, Any]] = {}
-    print(f"\n{'seconds':12} {'':5} " + " ".join(f"{name:>8}" for name in ("step", *PHASES)) + "  TRL / ours")
+    print(f"\n{'seconds':20} {'':5} " + " ".join(f"{name:>8}" for name in ("step", *PHASES)) + "  TRL / ours")
     with tempfile.TemporaryDirectory() as scratch:
         reward = Path(scratch) / "digit_share.py"
         reward.write_text(REWARD, encoding="utf-8")
         for preset in options.presets:
             start = start_of(preset, 3 if options.quick else SFT_STEPS[preset], Path(scratch) / preset)
             _, tokenizer = load_model(ModelSection(path=str(start)))
-            for setting in options.settings:
-                name = f"{preset} {setting}"
+            for dtype, setting in itertools.product(options.dtypes, options.settings):
+                name = f"{preset} {dtype} {setting}"
                 size = (4, 4) if options.quick else SIZES[preset]
-                steps = WARMUP_STEPS + (options.steps or STEPS[name])
-                ours, trl = compare(Task(start, reward, SETTINGS[setting], *size, steps, options.seed), tokenizer)
+                steps = WARMUP_STEPS + (options.steps or STEPS[preset, setting])
+                task = Task(start, reward, SETTINGS[setting], dtype, *size, steps, options.seed)
+                ours, trl = compare(task, tokenizer)
                 print_row(name, ours, trl)
                 rows[name] = row_of(ours, trl)
     worst = min(rows.values(), key=lambda row: row["step_ratio"])
