@@ -7,9 +7,9 @@ function, and take one optimizer step per rollout with the same loss. The weight
 answers end by themselves, at lengths that differ. The reward is the share of digits in an answer: it tells any two
 answers apart, and can be raised in a few steps.
 
-Each preset and dtype (bfloat16: `train.bf16` and TRL's `bf16`) runs `plain` (TRL's defaults: no KL term, so nobody needs
-log-probs beforehand) and `kl` (a KL term to a frozen reference). A step is split, by a clock around each side's own
-methods, into
+Each preset runs in both dtypes (bfloat16: `train.bf16`, TRL's `bf16`) `plain`, which is TRL's default: no KL term, so
+that nobody needs log-probs beforehand, and with `kl`, a KL term to a frozen reference. A step is split, by a clock
+around each side's own methods, into
 
     rollout   sampling               score   the reward function
     logprob   forwards without gradients: of the reference, or of the policy before the update

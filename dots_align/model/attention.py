@@ -52,19 +52,16 @@ class _OneByOne(torch.autograd.Function):
         blocks: list[_Block],
         scaling: float,
     ) -> torch.Tensor:
-        q, k, v = map(_wide, (query, key, value))
-        attended, log_sums = torch.empty_like(v), v.new_empty(v.shape[:2])
-        for out, log_sum, *inputs in _segments(lengths, attended, log_sums, q, k, v):
-            of_itself, its_sum = _attend(*inputs, is_causal=True, scale=scaling)
-            out.copy_(of_itself)
-            log_sum.copy_(its_sum)
+        q, k, v = (_heads(_wide(x)) for x in (query, key, value))
+        parts = [_attend(*inputs, is_causal=True, scale=scaling) for inputs in _segments(lengths, q, k, v)]
+        attended, log_sums = (torch.cat(x, 2) for x in zip(*parts, strict=True))
         for rows, prefix in blocks:
-            of_prefix, its_sum = _attend(_heads(q[rows]), _heads(k[prefix]), _heads(v[prefix]), scale=scaling)
-            out, log_sum = _heads(attended[rows]), _heads(log_sums[rows])
+            of_prefix, its_sum = _attend(q[:, :, rows], k[:, :, prefix], v[:, :, prefix], scale=scaling)
+            log_sum = log_sums[:, :, rows]
             # a e^s + b e^t over e^s + e^t: a moves towards b by t's share, a sigmoid
-            out.lerp_(of_prefix, torch.sigmoid(its_sum - log_sum).unsqueeze(-1))
+            attended[:, :, rows].lerp_(of_prefix, torch.sigmoid(its_sum - log_sum).unsqueeze(-1))
             log_sum.copy_(torch.logaddexp(log_sum, its_sum))
-        output = attended.to(value.dtype)
+        output = _tokens(attended).to(value.dtype)
         ctx.save_for_backward(query, key, value, output, log_sums)
         ctx.plan = lengths, blocks, scaling
         return output
@@ -74,19 +71,18 @@ class _OneByOne(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         *inputs, log_sums = ctx.saved_tensors
         lengths, blocks, scaling = ctx.plan
-        grad, q, k, v, out = map(_wide, (grad, *inputs))
-        grads = dq, dk, dv = [torch.empty_like(x) for x in (q, k, v)]
-        for *results, d, query, key, value, o, log_sum in _segments(lengths, *grads, grad, q, k, v, out, log_sums):
-            found = _attend_backward(d, query, key, value, o, log_sum, 0.0, True, scale=scaling)
-            for result, part in zip(results, found, strict=True):
-                result.copy_(part)
+        packed = *(_heads(_wide(x)) for x in (grad, *inputs)), log_sums
+        parts = [
+            _attend_backward(*part, 0.0, True, scale=scaling) for part in _segments(lengths, *packed)
+        ]  # of queries, keys, values
+        grads = [torch.cat(x, 2) for x in zip(*parts, strict=True)]
+        grad, q, k, v, out, _ = packed
         for rows, prefix in blocks:
-            d, query, o, log_sum = (_heads(x[rows]) for x in (grad, q, out, log_sums))
-            key, value = _heads(k[prefix]), _heads(v[prefix])
-            found = _attend_backward(d, query, key, value, o, log_sum, 0.0, False, scale=scaling)
-            for result, part in zip((dq[rows], dk[prefix], dv[prefix]), found, strict=True):
-                _heads(result).add_(part)
-        return *(g.to(x.dtype) for g, x in zip(grads, inputs, strict=False)), None, None, None
+            d, query, o, log_sum = (x[:, :, rows] for x in (grad, q, out, log_sums))
+            found = _attend_backward(d, query, k[:, :, prefix], v[:, :, prefix], o, log_sum, 0.0, False, scale=scaling)
+            for total, places, part in zip(grads, (rows, prefix, prefix), found, strict=True):
+                total[:, :, places].add_(part)
+        return *(_tokens(g).to(x.dtype) for g, x in zip(grads, inputs, strict=False)), None, None, None
 
 
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
@@ -98,14 +94,18 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _heads(packed: torch.Tensor) -> torch.Tensor:
-    """[N, H, ...] -> [1, H, N, ...], a view."""
+    """[N, H, D] -> [1, H, N, D], a view."""
     return packed.transpose(0, 1)[None]
 
 
+def _tokens(heads: torch.Tensor) -> torch.Tensor:
+    """The other way."""
+    return heads[0].transpose(0, 1)
+
+
 def _segments(lengths: list[int], *packed: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Of each segment its part of every tensor [N, H, ...], as a view [1, H, length, ...]."""
-    parts = ([_heads(part) for part in tensor.split(lengths)] for tensor in packed)
-    return zip(*parts, strict=True)
+    """Of each segment its part of every tensor [1, H, N, ...], as views."""
+    return zip(*(tensor.split(lengths, 2) for tensor in packed), strict=True)
 
 
 def _blocks(boundaries: list[int], prefixes: list[int]) -> list[_Block]:

@@ -274,13 +274,22 @@ class RouteFlips:
 def find_flips(routes: torch.Tensor, gaps: torch.Tensor, other: bytes) -> RouteFlips:
     """Compares routes [n, layers, k] (with their score gaps [n, layers]) to those recorded as `Sample.routes`."""
     theirs = torch.frombuffer(bytearray(other), dtype=torch.uint8).view(-1, *routes.shape[1:]).to(routes.device)
-    differ = (routes[: len(theirs)].sort(-1).values != theirs.sort(-1).values).any(-1)  # [n, layers]
-    affected = differ.any(-1).cumsum(0) > 0
+    return flips_of(routes_differ(routes[: len(theirs)], theirs), gaps)
+
+
+def routes_differ(routes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+    """[n, layers] where the sets of experts of routes [n, layers, k] are not the same."""
+    return (routes.sort(-1).values != others.sort(-1).values).any(-1)
+
+
+def flips_of(differ: torch.Tensor, gaps: torch.Tensor) -> RouteFlips:
+    """Of one sequence, from where its routes differ [n, layers] and the score gaps [at least n, layers]."""
     layers = differ.any(0).nonzero().squeeze(-1)
     if len(layers) == 0:
-        return RouteFlips(affected, 0, 0.0, differ)
+        return RouteFlips(differ.any(-1), 0, 0.0, differ)
+    affected = differ.any(-1).cumsum(0) > 0
     roots = differ[:, layers[0]]
-    return RouteFlips(affected, int(roots.sum()), float(gaps[: len(theirs), layers[0]][roots].max()), differ)
+    return RouteFlips(affected, int(roots.sum()), float(gaps[: len(differ), layers[0]][roots].max()), differ)
 
 
 class LoadMonitor:

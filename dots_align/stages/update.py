@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 
 from dots_align.config import CriticSection, GrpoRecipe, PpoRecipe, RlTrainSection
 from dots_align.model.balance import BalanceLoss, BiasPolicy
-from dots_align.model.router import RecordedRoutes, find_flips
+from dots_align.model.packed import micro_batches
+from dots_align.model.router import RecordedRoutes, flips_of, routes_differ
 from dots_align.model.training import CriticEngine, ResponseScores, ResponseValues, Routes, TrainingEngine
 from dots_align.objectives.advantages import GROUP_RELATIVE, compute_advantages, zero_variance_groups
 from dots_align.objectives.agreement import Agreement
@@ -29,7 +30,7 @@ Rows = dict[int, torch.Tensor]
 
 
 def is_mine(group: int) -> bool:
-    """Whether this process samples and trains a group."""
+    """Whether this process samples a group."""
     return group % world_size() == process_rank()
 
 
@@ -37,17 +38,24 @@ def is_mine(group: int) -> bool:
 class Batch:
     """What one rollout brings, and what is known about it before the first update.
 
-    `own`: indices of the trajectories that this process trains. `old`, `ref`: log-probs of `own` before the update and
-    of the reference, empty where nobody asks for them. `routes`: to replay, or None.
+    `ranks`: of each trajectory the process that trains it; `own`: indices of this process's. `old`, `ref`: log-probs of
+    `own` before the update and of the reference, empty where nobody asks for them. `routes`: to replay, or None.
     """
 
     trajectories: list[Trajectory]
     step: int
-    own: list[int]
+    ranks: list[int]
     old: Rows = field(default_factory=dict)
     ref: Rows = field(default_factory=dict)
     routes: Routes | None = None
     advantages: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+
+    @functools.cached_property
+    def own(self) -> list[int]:
+        return self.mine(range(len(self.trajectories)))
+
+    def mine(self, members: Iterable[int]) -> list[int]:
+        return [i for i in members if self.ranks[i] == process_rank()]
 
     @functools.cached_property
     def groups(self) -> list[int]:
@@ -109,18 +117,31 @@ class PolicyUpdate:
     def _prepare(self, trajectories: list[Trajectory], step: int) -> Batch:
         """Log-probs of the policy that sampled and of the reference, and the routes to replay, as far as needed."""
         algorithm, replay = self.recipe.algorithm, self.recipe.router.replay
-        batch = Batch(trajectories, step, [i for i, t in enumerate(trajectories) if is_mine(t.group)])
+        ranks = self._ranks(trajectories)
+        batch = Batch(handed_over(trajectories, ranks), step, ranks)
         if replay == "R3":
-            batch.routes = {i: trajectories[i].routes for i in batch.own}
+            batch.routes = {i: batch.trajectories[i].routes for i in batch.own}
         # With a single update the policy that trains still is the one that sampled: its own log-probs, and routes,
         # serve as the old ones.
         if self.updates_per_step > 1 or algorithm.policy_loss in WHOLE_BATCH or self._kl_in("reward"):
             recorded: dict[int, bytes | None] | None = {} if replay == "R2" else None
-            batch.old = self.engine.infer_batch(trajectories, batch.own, routes=batch.routes, record=recorded)
+            batch.old = self.engine.infer_batch(batch.trajectories, batch.own, routes=batch.routes, record=recorded)
             batch.routes = batch.routes if recorded is None else recorded
         if self.recipe.algorithm.kl_coef:
             batch.ref = self._reference_logprobs(batch)
         return batch
+
+    def _ranks(self, trajectories: list[Trajectory]) -> list[int]:
+        """The process that trains each trajectory: of each minibatch all processes compute about as many tokens."""
+        groups = [t.group for t in trajectories]
+        silent = (
+            set() if self._all_teach else zero_variance_groups(torch.tensor([t.reward for t in trajectories]), groups)
+        )
+        ranks = [0] * len(trajectories)
+        for members in split_groups(groups, self.recipe.train.num_minibatches):
+            for index, rank in balanced_ranks(trajectories, members, silent, world_size()).items():
+                ranks[index] = rank
+        return ranks
 
     def _kl_in(self, place: str) -> bool:
         return self.recipe.algorithm.kl_coef > 0 and self.recipe.algorithm.kl_in == place
@@ -171,7 +192,7 @@ class PolicyUpdate:
                 first = epoch == 0 and number == 0
                 # Without variance there is no gradient, unless something else gives one; the denominators still count
                 # such groups.
-                learning = [i for i in members if is_mine(groups[i]) and (self._all_teach or groups[i] not in silent)]
+                learning = [i for i in batch.mine(members) if self._all_teach or groups[i] not in silent]
                 self._scale_balance_loss(learning)
                 steps.append(
                     self.engine.train_batch(
@@ -225,7 +246,7 @@ class PolicyUpdate:
         self, objective: PolicyObjective, batch: Batch, ref: Rows, members: list[int], first: bool
     ) -> Callable[[ResponseScores], Any]:
         """For losses with statistics over the minibatch: a forward more gives them, on every process the same."""
-        engine, own = self.engine, [i for i in members if is_mine(batch.groups[i])]
+        engine, own = self.engine, batch.mine(members)
         now = batch.old if first else engine.infer_batch(batch.trajectories, own, routes=batch.routes)
         mask = batch.mask[members]
 
@@ -260,9 +281,8 @@ class CriticUpdate:
             for members in split_groups(batch.groups, self.train.num_minibatches):
                 tokens = sum(len(batch.trajectories[i].response_ids) for i in members)
                 objective = ValueObjective(self.section.cliprange_value, tokens)
-                own = [i for i in members if is_mine(batch.groups[i])]
                 loss = functools.partial(_value_loss, objective, values, returns)
-                steps.append(self.engine.train_batch(batch.trajectories, own, loss))
+                steps.append(self.engine.train_batch(batch.trajectories, batch.mine(members), loss))
         found = {name: sum(s[name] for s in steps) / len(steps) for name in ("value", "value_clipfrac")}
         return {
             **found,
@@ -315,19 +335,33 @@ class Observed:
         self.batch, self.agreement, self.mismatch = batch, Agreement(), Mismatch()
 
     def __call__(self, scores: ResponseScores, recorded: RecordedRoutes) -> None:
-        (routes,), (gaps,) = recorded.routes, recorded.gaps
-        for row, index in enumerate(scores.members):
-            trajectory = self.batch.trajectories[index]
-            span = scores.places[row]
-            # A back end that tells no routes has to answer for every difference.
-            same = routes[span][:-1].cpu().numpy().tobytes()
-            flips = find_flips(routes[span], gaps[span], same if trajectory.routes is None else trajectory.routes)
+        (gaps,) = recorded.gaps
+        for row, (index, differ) in enumerate(zip(scores.members, self._differ(scores, recorded), strict=True)):
+            trajectory, fed = self.batch.trajectories[index], scores.places[row][:-1]
+            flips = flips_of(differ, gaps[fed])
             theirs = self.batch.rollout_logprobs(index).to(scores.logprobs.device)
             differences = scores.logprobs[row, : len(theirs)].detach() - theirs
             affected = flips.affected[len(trajectory.prompt_ids) - 1 :]
             self.agreement.add(differences.abs(), affected, flips.num_roots, flips.root_gap)
-            shifted = recorded.shifted[0][span][:-1] if recorded.shifted else flips.differ
+            shifted = recorded.shifted[0][fed] if recorded.shifted else differ
             self.mismatch.add(differences, None if trajectory.routes is None else shifted)
+
+    def _differ(self, scores: ResponseScores, recorded: RecordedRoutes) -> Sequence[torch.Tensor]:
+        """Of each member [tokens fed, layers] where its routes are not the rollout's; of all at once."""
+        (routes,) = recorded.routes
+        fed = [places[:-1] for places in scores.places]
+        ours = routes[torch.cat(fed)]
+        told = [self.batch.trajectories[i].routes for i in scores.members]
+        # A back end that tells no routes has to answer for every difference.
+        same = ours.cpu().numpy().tobytes() if None in told else b""
+        ends = torch.tensor([len(f) for f in fed]).cumsum(0).tolist()
+        size = ours[0].numel()
+        theirs = b"".join(
+            same[(end - len(f)) * size : end * size] if t is None else t
+            for t, f, end in zip(told, fed, ends, strict=True)
+        )
+        others = torch.frombuffer(bytearray(theirs), dtype=torch.uint8).view(ours.shape).to(ours.device)
+        return routes_differ(ours, others).split([len(f) for f in fed])
 
     def check(self, recipe: RlRecipe) -> None:
         """Stops the run, on every process, where the recipe's gate says so; collective."""
@@ -348,6 +382,41 @@ def everyones(rows: Rows, mask: torch.Tensor) -> torch.Tensor:
     for part in gather_objects({i: row.float().cpu() for i, row in rows.items()}):
         for index, row in part.items():
             found[index, : len(row)] = row
+    return found
+
+
+def balanced_ranks(
+    trajectories: Sequence[Trajectory], members: Iterable[int], silent: Collection[int], num_ranks: int
+) -> dict[int, int]:
+    """Which process trains each of the members: whole groups, so that processes have about as many tokens to compute.
+    Groups in `silent` cost nothing.
+    """
+    of_group: dict[int, list[int]] = {}
+    for index in members:
+        of_group.setdefault(trajectories[index].group, []).append(index)
+    tokens = [
+        0
+        if group in silent
+        else len(trajectories[of[0]].prompt_ids) + sum(len(trajectories[i].response_ids) for i in of)
+        for group, of in of_group.items()
+    ]
+    groups = list(of_group.values())
+    shares = micro_batches(tokens, max(sum(tokens), 1), num_ranks)
+    return {i: rank for rank, share in enumerate(shares) for number in share for i in groups[number]}
+
+
+def handed_over(trajectories: list[Trajectory], ranks: Sequence[int]) -> list[Trajectory]:
+    """The trajectories, this process's with their routes if it sampled them or not; collective."""
+    moved = {
+        i: t.routes
+        for i, t in enumerate(trajectories)
+        if is_mine(t.group) and ranks[i] != process_rank() and t.routes is not None
+    }
+    found = list(trajectories)
+    for part in gather_objects(moved):
+        for index, routes in part.items():
+            if ranks[index] == process_rank():
+                found[index] = replace(found[index], routes=routes)
     return found
 
 

@@ -82,7 +82,7 @@ def test_a_step_is_trls(
         }
         for s in (0.2, 0.5)
     ]
-    batch = Batch(sampled, 0, list(range(len(sampled))), old=noisy[0], ref=noisy[1] if "kl_coef" in keys else {})
+    batch = Batch(sampled, 0, [0] * len(sampled), old=noisy[0], ref=noisy[1] if "kl_coef" in keys else {})
     update._advantages(batch, None)
     found = update._optimize(batch)
     config = GRPOConfig(

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import Dots1ForCausalLM
 
 from dots_align.config import PRESETS, ModelSection, ParallelSection
 from dots_align.model.router import moe_layers
 from dots_align.objectives.mismatch import RATIO_EDGES, Mismatch, MismatchError
 from dots_align.stages.critic import load_critic
+from dots_align.stages.update import balanced_ranks
 from dots_align.types import Trajectory
 from tests.unit.stages.conftest import make_update, rl_recipe
 
@@ -69,6 +72,32 @@ def test_kl_in_the_reward_is_measured_and_steered(model: Dots1ForCausalLM, sampl
     assert metrics["kl_coef"] == 0.2
     # Of an error of more than 20 % counts 20 %, of 16 responses a tenth of the horizon.
     assert update.kl.value == pytest.approx(0.2 * 1.02)
+
+
+# ------------------------------------------------------------------------------------------------------- several ranks
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 30), st.lists(st.integers(1, 40), min_size=1, max_size=4)), max_size=12),
+    st.integers(1, 5),
+    st.sets(st.integers(0, 11)),
+)
+def test_processes_get_whole_groups_of_about_as_many_tokens(
+    groups: list[tuple[int, list[int]]], num_ranks: int, silent: set[int]
+) -> None:
+    trajectories = [
+        Trajectory([1] * prompt, [2] * answer, [-1.0] * answer, number, 0.0)
+        for number, (prompt, answers) in enumerate(groups)
+        for answer in answers
+    ]
+    ranks = balanced_ranks(trajectories, range(len(trajectories)), silent, num_ranks)
+    assert sorted(ranks) == list(range(len(trajectories)))
+    assert all(0 <= rank < num_ranks for rank in ranks.values())
+    of_group = {t.group: {ranks[i] for i, o in enumerate(trajectories) if o.group == t.group} for t in trajectories}
+    assert all(len(found) == 1 for found in of_group.values())
+    tokens = {n: 0 if n in silent else prompt + sum(answers) for n, (prompt, answers) in enumerate(groups)}
+    loads = [sum(tokens[n] for n, (r,) in of_group.items() if r == rank) for rank in range(num_ranks)]
+    assert max(loads) - min(loads) <= max(tokens.values(), default=0)
 
 
 # ------------------------------------------------------------------------------------------------------------- mismatch
