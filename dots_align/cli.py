@@ -110,6 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parity.add_argument("--endpoint-precision", default="BF16", help="of a server's weights; F32 for the strict limits")
     parity.add_argument("--json", action="store_true", help="print JSON")
+    release = command("release", "export, and mark the result if it passes every gate", _release)
+    release.add_argument("checkpoint", type=Path)
+    release.add_argument("overrides", nargs="*", metavar="key=value", help="for example thresholds.exact_match=0.9")
+    release.add_argument("--recipe", type=Path, help="default: the evaluation that the checkpoint was trained with")
+    release.add_argument("--output", type=Path, help="default: <checkpoint>-release")
+    release.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     chat = command("chat", "talk to a checkpoint in the terminal", _chat)
     chat.add_argument("checkpoint", type=Path)
     chat.add_argument("--system", help="system prompt; the template's own if not given")
@@ -227,6 +233,21 @@ def _parity(options: argparse.Namespace) -> None:
         options.endpoint_precision,
     )
     if not run(options.checkpoint, options.prompts, sources, options.json):
+        sys.exit(1)
+
+
+def _release(options: argparse.Namespace) -> None:
+    from dots_align.runtime import setup_logging
+
+    setup_logging()
+    from dots_align.release.command import recipe_for, release
+
+    checkpoint = options.checkpoint.resolve()
+    recipe = recipe_for(checkpoint, options.recipe, options.overrides)
+    output = options.output or checkpoint.with_name(f"{checkpoint.name}-release")
+    record, ok = release(checkpoint, output, recipe, options.overwrite)
+    print(record)
+    if not ok:
         sys.exit(1)
 
 

@@ -667,11 +667,52 @@ class PipelineRecipe(_Recipe):
     export: bool = True
 
 
+class ReleaseRecipe(Section):
+    """What a checkpoint has to reach to be released, and as what."""
+
+    stage: Literal["release"]
+    seed: int = Field(default=0, ge=0)
+    evaluation: EvaluationSection
+    thresholds: dict[str, float] = Field(
+        default={}, description="the least each metric of the evaluation may be, such as {exact_match: 0.9}"
+    )
+    min_stop_rate: float = Field(
+        default=0.95, ge=0, le=1, description="share of answers that have to end by themselves"
+    )
+    targets: tuple[str, ...] = Field(
+        default=("hf",), min_length=1, description="as `dots-align export --to`; hf is one"
+    )
+
+    @model_validator(mode="after")
+    def _transformers_reads_it(self) -> ReleaseRecipe:
+        if "hf" not in self.targets:
+            raise ValueError("targets: hf has to be among them; the gates load the directory")
+        return self
+
+
 Recipe = Annotated[
-    SftRecipe | DpoRecipe | RftRecipe | RewardModelRecipe | GrpoRecipe | PpoRecipe | EvalRecipe | PipelineRecipe,
+    SftRecipe
+    | DpoRecipe
+    | RftRecipe
+    | RewardModelRecipe
+    | GrpoRecipe
+    | PpoRecipe
+    | EvalRecipe
+    | PipelineRecipe
+    | ReleaseRecipe,
     Field(discriminator="stage"),
 ]
 RECIPES: dict[str, type[Section]] = {
     get_args(cls.model_fields["stage"].annotation)[0]: cls
-    for cls in (SftRecipe, DpoRecipe, RftRecipe, RewardModelRecipe, GrpoRecipe, PpoRecipe, EvalRecipe, PipelineRecipe)
+    for cls in (
+        SftRecipe,
+        DpoRecipe,
+        RftRecipe,
+        RewardModelRecipe,
+        GrpoRecipe,
+        PpoRecipe,
+        EvalRecipe,
+        PipelineRecipe,
+        ReleaseRecipe,
+    )
 }

@@ -184,7 +184,8 @@ def test_unknown_stage_lists_the_stages(write) -> None:
     path = write("stage: gpro\n")
     assert (
         complaint(path)
-        == f"{path}:1: `stage` must be one of sft, dpo, rft, reward_model, grpo, ppo, eval, pipeline, found 'gpro'"
+        == f"{path}:1: `stage` must be one of sft, dpo, rft, reward_model, grpo, ppo, eval, pipeline, release, "
+        "found 'gpro'"
     )
 
 
