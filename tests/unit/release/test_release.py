@@ -125,7 +125,7 @@ def test_reload_gate(exported: Path, edited: Callable[..., Path]) -> None:
 def test_parity_gate(model_dir: Path, edited: Callable[..., Path]) -> None:
     """An export that is whole and answers, but with another rotary base than the checkpoint."""
     gate = parity_gate(model_dir, edited("config.json", lambda text: text.replace("10000000.0", "10000.0")))
-    assert gate.reasons == ["NO PARITY: exported copy: wrong rope_theta"]
+    assert gate.reasons[0].startswith("NO PARITY: exported copy: wrong rope_theta")
     assert len(gate.figures["engines"]) >= 6
 
 
