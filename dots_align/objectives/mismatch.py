@@ -18,7 +18,14 @@ RATIO_EDGES = (0.5, 0.8, 0.95, 0.99, 1.01, 1.05, 1.25, 2.0)
 
 
 class MismatchError(ValueError):
-    """The gate has closed: the run stops before an update on responses that another policy sampled."""
+    """The gate has closed: the run stops before an update on responses that another policy sampled.
+
+    `metrics` are those of `Mismatch`, which say how far apart the two are.
+    """
+
+    def __init__(self, message: str, metrics: dict[str, float]) -> None:
+        super().__init__(message)
+        self.metrics = metrics
 
 
 @dataclass
@@ -82,5 +89,6 @@ class Mismatch:
             f"{gate.measure} is {found[gate.measure]:.3g}, above mismatch.stop_above={gate.stop_above:g} "
             f"({tokens} tokens: {evidence}). No update was made. Look for stale or wrong weights in the rollout, "
             "another precision, or lost router biases; router.replay=R3 and rollout_correction make small differences "
-            "harmless"
+            "harmless",
+            found,
         )

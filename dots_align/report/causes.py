@@ -95,6 +95,8 @@ def router_shift(case: Case, went: Outcome) -> list[Finding]:
 
 
 def mismatch(case: Case, went: Outcome) -> list[Finding]:
+    if stopped := _stopped_by_the_gate(case):
+        return [stopped]
     for name, limit in (("mismatch_kl", MISMATCH_KL), ("mismatch_mean", MISMATCH_MEAN), ("agreement_mean", 0.05)):
         points = case.series(name)
         first = sustained(points, lambda value, limit=limit: abs(value) >= limit)
@@ -113,6 +115,8 @@ def mismatch(case: Case, went: Outcome) -> list[Finding]:
             "Rollouts come from another policy than the one that trains: stale weights, a lost buffer, another "
             "precision. mismatch.stop_above stops such a run; rollout_correction makes small differences harmless."
         )
+        if stale := case.series("staleness"):
+            evidence.append(f"rollouts are {stale[-1][1]:.2g} steps behind the trainer, as the recipe asks")
         names = names_of(case, name, "agreement_max")
         return [
             Finding(
@@ -125,6 +129,24 @@ def mismatch(case: Case, went: Outcome) -> list[Finding]:
             )
         ]
     return []
+
+
+def _stopped_by_the_gate(case: Case) -> Finding | None:
+    gate = case.recipe.get("mismatch")
+    limit, measure = case.key("mismatch.stop_above"), gate.get("measure") if isinstance(gate, dict) else None
+    points = case.series(f"mismatch_{measure}")
+    if limit is None or not points or points[-1][1] <= limit:
+        return None
+    step, value = points[-1]
+    evidence = [
+        f"the run was stopped at step {step}: mismatch_{measure} was {value:.3g}, above mismatch.stop_above={limit:g} "
+        f"(before: {before(points, step):.2g})"
+    ]
+    if (shift := case.series("mismatch_router_shift")) and shift[-1][1] > 0:
+        evidence.append(f"{shift[-1][1]:.1%} of the experts chosen differ")
+    advice = "No update was made on these rollouts. Look for stale weights, a lost routing bias, another precision."
+    names = names_of(case, f"mismatch_{measure}", "mismatch_router_shift")
+    return Finding("mismatch", "Trainer and rollout disagree", evidence, advice, names, step)
 
 
 def numbers(case: Case, went: Outcome) -> list[Finding]:
@@ -311,7 +333,7 @@ def _repeats(samples: Sequence[dict[str, Any]]) -> list[str]:
 
 def _spikes(case: Case) -> list[int]:
     """Steps of a supervised run whose loss is over 3 times that of the steps before, and large for the whole run."""
-    if case.kind not in ("sft", "rft", "dpo"):
+    if case.kind not in ("sft", "rft", "dpo", "reward_model"):
         return []
     losses = case.series("loss")
     floor = 0.5 * losses[0][1] if losses else 0.0

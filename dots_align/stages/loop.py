@@ -27,6 +27,7 @@ from dots_align.evals.preference import load_preference_model
 from dots_align.evals.publisher import Publisher
 from dots_align.model.lora import trainable_summary
 from dots_align.model.training import CriticEngine, TrainingEngine
+from dots_align.objectives.mismatch import MismatchError
 from dots_align.rollout.backend import make_backend, refresh
 from dots_align.runtime import (
     MetricsLog,
@@ -144,7 +145,13 @@ class RlLoop:
         sampled = time.monotonic()
         # What an update draws at random (dropout of adapters) depends on the step alone.
         seed_everything(((self.recipe.seed << 32) + self.step) % 2**63)
-        update = self.update(rollouts.trajectories, self.step, rollouts.baselines)
+        try:
+            update = self.update(rollouts.trajectories, self.step, rollouts.baselines)
+        except MismatchError as error:
+            # The last line of a run that is stopped says what stopped it.
+            told = rollouts.metrics | {f"mismatch_{name}": value for name, value in error.metrics.items()}
+            log.log(self.step + 1, {self._name(name): value for name, value in told.items()})
+            raise
         self.step += 1
         found = {**rollouts.metrics, **update}
         if self.ahead is not None:

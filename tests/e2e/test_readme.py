@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.e2e.browser import BROWSER, Browser
 from tests.e2e.conftest import QUICK_GRPO
 
 SHORT = {
@@ -92,6 +93,13 @@ def test_quickstart_ends_with_where_things_are_and_how_to_talk(repo_root: Path, 
     assert f"dots-align chat {export}" in text
     assert (export / "model.safetensors").is_file()
     assert report.is_file()
+    assert report.stat().st_size < 3_000_000
+    if BROWSER:
+        with Browser(tmp_path / "profile") as browser:
+            browser.open(report)
+            assert browser.complaints == []
+            assert browser.run("document.documentElement.dataset.errors || null") is None
+            assert browser.run("document.querySelectorAll('.samples .list [role=option]').length") > 0
     record = (tmp_path / "tiny" / "pipeline.json").read_text()
     again = subprocess.run(
         [repo_root / "scripts" / "quickstart.sh", *keys], capture_output=True, text=True, stdin=subprocess.DEVNULL

@@ -61,11 +61,12 @@ def write_run(
     change_sample: Callable[[int, dict[str, Any]], None] = lambda step, record: None,
     kind: str = "grpo",
     base: Callable[[int, random.Random], Line] = good_step,
+    **recipe: Any,
 ) -> Stage:
     """A run of STEPS steps as files, then what the report makes of it."""
     rng = random.Random(5)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "run.json").write_text(json.dumps({"stage": kind, "recipe": RECIPE}))
+    (directory / "run.json").write_text(json.dumps({"stage": kind, "recipe": {**RECIPE, **recipe}}))
     metrics, samples = [], []
     for step in range(1, STEPS + 1):
         line = base(step, rng)
@@ -156,6 +157,20 @@ def test_mismatch(tmp_path: Path) -> None:
     assert (found.cause, found.first_step) == ("mismatch", BAD)
     assert "mismatch_kl reaches 0.31 nats from step 30 on" in found.evidence[0]
     assert "the reward went from" in found.evidence[-1]
+
+
+def test_a_run_that_its_gate_stopped(tmp_path: Path) -> None:
+    def last(step: int, line: Line) -> None:
+        if step == STEPS:
+            line.update(mismatch_max=0.9, mismatch_router_shift=0.25)
+        else:
+            line["mismatch_max"] = 0.01
+
+    gate = {"stop_above": 0.5, "measure": "max"}
+    found = likely(write_run(tmp_path, last, mismatch=gate))
+    assert (found.cause, found.first_step) == ("mismatch", STEPS)
+    assert "stopped at step 60: mismatch_max was 0.9, above mismatch.stop_above=0.5 (before: 0.01)" in found.evidence[0]
+    assert found.evidence[1] == "25.0% of the experts chosen differ"
 
 
 def test_router_shift_comes_before_the_mismatch_it_causes(tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +12,8 @@ from hypothesis import strategies as st
 
 from dots_align.data.chat import stop_token_ids
 from dots_align.objectives.advantages import zero_variance_groups
+from dots_align.objectives.mismatch import MismatchError
+from dots_align.runtime import MetricsLog
 from dots_align.stages.rollouts import PromptSampler
 from dots_align.stages.update import split_groups
 from dots_align.types import GenerationRequest, SamplingParams
@@ -85,3 +90,13 @@ def test_remax_compares_with_the_greedy_answer(loop) -> None:
     answers = greedy_loop.rollout_engine.generate(requests)
     assert rollouts.baselines == [len(answer.response_ids) for (answer,) in answers]
     assert rollouts.metrics["greedy_reward"] == sum(rollouts.baselines) / 4
+
+
+def test_a_run_that_is_stopped_says_what_stopped_it(loop, tmp_path: Path) -> None:
+    stopped = loop("length", {"name": "grpo"}, mismatch={"stop_above": 1e-12, "measure": "max"})
+    with pytest.raises(MismatchError):
+        stopped.train_step(MetricsLog(tmp_path))
+    (line,) = [json.loads(text) for text in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert line["step"] == 1
+    assert line["grpo/mismatch_max"] > 1e-12
+    assert "grpo/reward" in line
