@@ -72,10 +72,11 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    for name, summary in {**STAGES, "eval": "evaluate one checkpoint"}.items():
-        stage = command(name, summary, _eval if name == "eval" else _stage)
+    for name, summary in STAGES.items():
+        stage = command(name, summary, _stage)
         stage.add_argument("recipe", type=Path, help="YAML file; the ones that come with the project are in recipes/")
         stage.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.learning_rate=1e-5")
+    _add_eval(command("eval", "evaluate one checkpoint, by a recipe or on tasks of the suite", _eval))
     plan = command("plan", "will a recipe fit, how fast will it be, and what to change", _plan)
     plan.add_argument("recipe", type=Path, help="YAML file of sft, dpo or grpo; needs no checkpoint and no GPU")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="before any option; for example parallel.ep=4")
@@ -157,6 +158,33 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_eval(evaluate: argparse.ArgumentParser) -> None:
+    evaluate.add_argument(
+        "target", type=Path, metavar="recipe|checkpoint", help="YAML file, or with --tasks a directory"
+    )
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="before any option; of a recipe, or sampling keys of tasks: max_tokens=512",
+    )
+    evaluate.add_argument(
+        "--tasks", default="", help="gsm8k,cmath and so on, or paths of .yaml files; `list` names all"
+    )
+    evaluate.add_argument("--lm-eval", default="", help="tasks of lm-evaluation-harness, with its prompts and metrics")
+    evaluate.add_argument("--lm-eval-tasks", type=Path, help="folder with more tasks for it")
+    evaluate.add_argument("--chat", action="store_true", help="its prompts become user's turns")
+    evaluate.add_argument("--data", type=Path, help="folder under which the tasks' files lie")
+    evaluate.add_argument("--hub", action="store_true", help="read from the Hugging Face hub what is not there")
+    evaluate.add_argument("--limit", type=int, help="at most so many records of each task")
+    evaluate.add_argument("--shots", type=int, help="examples in front of each prompt; default: the task's own number")
+    evaluate.add_argument(
+        "--judge", help="address of an OpenAI-compatible endpoint, http://…/v1, for tasks with a judge"
+    )
+    evaluate.add_argument("--judge-model", default="judge", help="the judge's name there")
+    evaluate.add_argument("--output", type=Path, help="folder for the results; default: <checkpoint>/evals")
+
+
 def _stage(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides, options.command)
     from dots_align.runtime import setup_logging, start_processes, stop_processes, world_size
@@ -182,7 +210,12 @@ def _stage(options: argparse.Namespace) -> None:
 
 
 def _eval(options: argparse.Namespace) -> None:
-    recipe = load_recipe(options.recipe, options.overrides, "eval")
+    if options.tasks or options.lm_eval:
+        _eval_tasks(options)
+        return
+    if options.target.is_dir():
+        raise ValueError(f"{options.target}: give --tasks for a checkpoint directory, or the YAML file of a recipe")
+    recipe = load_recipe(options.target, options.overrides, "eval")
     from dots_align.runtime import is_main_process, setup_logging, stop_processes
 
     setup_logging()
@@ -195,6 +228,24 @@ def _eval(options: argparse.Namespace) -> None:
     checkpoint = Path(recipe.model.path)
     output = Path(recipe.output) if recipe.output else checkpoint / "eval.json"
     evaluate_directory(checkpoint, recipe.model, recipe.evaluation, recipe.seed, output, recipe.parallel)
+    if is_main_process():
+        print(output)
+    stop_processes()
+
+
+def _eval_tasks(options: argparse.Namespace) -> None:
+    if options.hub:
+        os.environ["HF_HUB_OFFLINE"] = "0"
+    from dots_align.runtime import is_main_process, setup_logging, stop_processes
+
+    setup_logging()
+    from dots_align.evals.command import run
+    from dots_align.evals.task import task_names
+
+    if options.tasks == "list":
+        print("\n".join(task_names()))
+        return
+    output = run(options)
     if is_main_process():
         print(output)
     stop_processes()

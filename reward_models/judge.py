@@ -17,7 +17,7 @@ import json
 import os
 import re
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,28 @@ async def rubric_score(
             score, reply = await judge.grade(request, scale)
             _keep(cache / f"{name}.json", {"score": score, "reply": reply, "model": model, "rubric": rubric})
     return (score - scale.lowest) / (scale.highest - scale.lowest)
+
+
+@reward_range(0, 1)
+async def correct(response: Response, **judge: Any) -> float:
+    """1 if a judge who knows the reference answer finds the response right. Arguments: as `rubric_score`, but `rubric`.
+
+    What it asks is kept, so that `not_attempted` of the same response asks nothing more.
+    """
+    return float(await _against_reference(response, judge) == 1.0)
+
+
+@reward_range(0, 1)
+async def not_attempted(response: Response, **judge: Any) -> float:
+    """1 if a judge who knows the reference answer finds that the response gives none. Arguments: as `correct`."""
+    return float(await _against_reference(response, judge) == 0.5)
+
+
+async def _against_reference(response: Response, judge: dict[str, Any]) -> float:
+    *before, question = response.prompt.messages
+    content = f"{question.content}\n\n[reference answer]\n{response.prompt.answer}"
+    prompt = replace(response.prompt, messages=[*before, replace(question, content=content)])
+    return await rubric_score(replace(response, prompt=prompt), rubric="correctness", **judge)
 
 
 @lru_cache(maxsize=64)

@@ -32,7 +32,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | No
     text = path.read_text(encoding="utf-8")
     try:
         values = yaml.safe_load(text)
-        lines = _key_lines(text)
+        lines = key_lines(text)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
@@ -81,7 +81,7 @@ def recipe_differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "
     return found
 
 
-def _key_lines(text: str) -> dict[tuple[str, ...], int]:
+def key_lines(text: str) -> dict[tuple[str, ...], int]:
     """Line number of every key path in a YAML document; list items appear as their index."""
     lines: dict[tuple[str, ...], int] = {}
 

@@ -176,10 +176,22 @@ class LoggingSection(Section):
     report_to: tuple[Literal["tensorboard"], ...] = ()
 
 
+class SuiteSection(Section):
+    """Tasks of the evaluation suite (`dots_align/evals/tasks`, or your own .yaml files)."""
+
+    names: tuple[str, ...] = Field(min_length=1)
+    data: str | None = Field(default=None, description="folder under which the tasks' files lie")
+    limit: int | None = Field(default=None, ge=1, description="at most so many records of each")
+    hub: bool = Field(default=False, description="read from the Hugging Face hub what is not in the folder")
+
+
 class EvaluationSection(Section):
-    """Greedy answers to held-out prompts, scored by a reward function; `exact_match` is the share scored at least 1."""
+    """Greedy answers to held-out prompts, scored by a reward function; `exact_match` is the share scored at least 1.
+    Tasks, where given, are asked as well.
+    """
 
     data: DataSection
+    tasks: SuiteSection | None = None
     scorer: str = "reward_models.math:boxed_answer"
     num_prompts: int = Field(default=200, ge=1)
     max_tokens: int = Field(default=128, ge=1)

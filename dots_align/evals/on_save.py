@@ -7,8 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dots_align.checkpoint import check_whole, load_state, load_trainable, model_directories
-from dots_align.config import EvaluationSection, HookSection, LoraSection, ModelSection, ParallelSection
+from dots_align.checkpoint import check_whole, fingerprint, load_state, load_trainable, model_directories
+from dots_align.config import EvaluationSection, HookSection, LoraSection, ModelSection, ParallelSection, SuiteSection
+from dots_align.evals.benchmarks import Suite, run_suite
 from dots_align.evals.hook_process import user_hook
 from dots_align.evals.hooks import Hook, SaveHook
 from dots_align.evals.preference import evaluate_pairs
@@ -16,6 +17,7 @@ from dots_align.evals.suite import evaluate
 from dots_align.runtime import is_main_process, logger, world_size, write_json
 from dots_align.scoring import load_function
 
+EVALS = "evals"  # beside a checkpoint's eval.json: what tasks of the suite were answered
 POLICIES = ("keep_best", "stop_early")  # done by the publisher, with what hooks have found
 
 
@@ -25,6 +27,8 @@ def resolve_hooks(recipe: Any) -> list[SaveHook]:
     """
     if recipe.evaluation is not None and recipe.stage != "reward_model":
         load_function(recipe.evaluation.scorer, "evaluation.scorer")
+        if recipe.evaluation.tasks is not None:
+            Suite(recipe.evaluation.tasks.names).tasks()
     found: list[SaveHook] = []
     for section in recipe.on_save:
         if section.hook not in POLICIES:
@@ -117,6 +121,8 @@ def evaluate_directory(
     section = model.model_copy(update={"path": str(checkpoint), "preset": None})
     loaded, tokenizer = _load(section, parallel or ParallelSection(), bf16, lora)
     result = evaluate(loaded, tokenizer, evaluation, seed)
+    if evaluation.tasks is not None:
+        _add_tasks(result, loaded, tokenizer, evaluation.tasks, checkpoint, output)
     if is_main_process():
         write_json(output, result)
     metrics = result["metrics"]
@@ -129,6 +135,14 @@ def evaluate_directory(
         result["num_prompts"],
     )
     return {f"eval/{name}": value for name, value in metrics.items()}
+
+
+def _add_tasks(result: dict[str, Any], model: Any, tokenizer: Any, tasks: SuiteSection, checkpoint: Path, output: Path):
+    suite = Suite(tasks.names, Path(tasks.data) if tasks.data else None, tasks.limit, tasks.hub)
+    found = run_suite(model, tokenizer, suite, fingerprint(checkpoint), output.parent / EVALS)
+    result["tasks"] = {name: task["metrics"] for name, task in found.items()}
+    for name, task in found.items():
+        result["metrics"][f"{name}/{task['metric']}"] = task["metrics"][task["metric"]]["value"]
 
 
 def _load(section: ModelSection, parallel: ParallelSection, bf16: bool, lora: LoraSection | None) -> tuple[Any, Any]:

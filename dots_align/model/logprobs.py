@@ -222,3 +222,27 @@ def _forward_replaced(module: nn.Module, forward: Callable[[torch.Tensor], torch
             del instance["forward"]
         else:
             instance["forward"] = own
+
+
+def model_token_scores(
+    model: nn.Module, inputs: dict[str, Any], positions: torch.Tensor, targets: torch.Tensor
+) -> TokenScores:
+    """One forward without gradients, and scores of single tokens at single positions; several at one of them too.
+
+    Args:
+        inputs: keyword arguments of the model's forward, without labels; `input_ids` [1, N].
+        positions: [M] places in 0 to N - 1. targets: [M] ids whose probability to come behind them is asked for.
+
+    Returns:
+        scores [M] with `is_top1`.
+    """
+    bare: Any = getattr(model, "module", model)
+    head, found = lm_head(bare), []
+
+    def score(hidden: torch.Tensor) -> torch.Tensor:
+        found.append(score_tokens(hidden[0, positions], head.weight, targets, with_metrics=True))
+        return found[-1].logprobs
+
+    with torch.no_grad(), _forward_replaced(head, score):
+        model(**inputs)
+    return found[0]

@@ -38,7 +38,7 @@ def commands(text: str) -> list[list[str]]:
 
 def shortened(command: list[str]) -> list[str]:
     """The same command with fewer steps; overrides given last win, but what the README itself says stays in."""
-    stage = next((word for word in command if word in SHORT), None)
+    stage = next((word for word in command if word in SHORT and "--tasks" not in command), None)
     extra = SHORT.get("pipeline" if command[0].endswith("quickstart.sh") else stage or "", ())
     return [*command, *extra]
 

@@ -244,7 +244,7 @@ def test_a_rubric_that_is_incomplete(tmp_path: Path, content: str, told: str) ->
 
 
 def test_a_rubric_that_does_not_exist() -> None:
-    with pytest.raises(ValueError, match="there are empathy, helpfulness, honesty"):
+    with pytest.raises(ValueError, match="there are correctness, empathy, helpfulness, honesty"):
         load_rubric("kindness")
 
 

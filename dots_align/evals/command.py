@@ -1,0 +1,53 @@
+"""`dots-align eval CHECKPOINT --tasks …`: tasks of the suite, and of lm-evaluation-harness, in one table."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from dots_align.checkpoint import check_whole, fingerprint, load_trainable, stored_dtype
+from dots_align.config import ModelSection, ParallelSection, apply_override
+from dots_align.evals.benchmarks import Suite, run_suite, table
+from dots_align.runtime import is_main_process, write_json
+
+RESULTS = "results.json"
+
+
+def run(options: Any) -> Path:
+    """Asks a checkpoint what the command's options say, prints the table, and returns the file with all results.
+
+    Raises:
+        ValueError: a task that does not exist, data that is not there, or lm-evaluation-harness is not installed.
+    """
+    suite = suite_of(options)
+    suite.tasks()  # what is wrong with a name is said before weights are loaded
+    harness = tuple(filter(None, options.lm_eval.split(",")))
+    if harness and importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("--lm-eval needs lm-evaluation-harness; pip install 'dots-align[lm-eval]'")
+    check_whole(options.target)
+    checkpoint = options.target.resolve()
+    directory = options.output or checkpoint / "evals"
+    section = ModelSection(path=str(checkpoint), dtype=stored_dtype(checkpoint))  # pyright: ignore[reportArgumentType]
+    model, tokenizer = load_trainable(section, ParallelSection(), bf16=False)
+    known = fingerprint(checkpoint)
+    found: dict[str, Any] = run_suite(model, tokenizer, suite, known, directory)
+    if harness:
+        from dots_align.evals.lm_eval import HarnessRequest, run_harness
+
+        request = HarnessRequest(harness, options.lm_eval_tasks, options.chat, options.limit, options.shots)
+        found |= run_harness(model, tokenizer, request, known, directory)
+    if is_main_process():
+        write_json(directory / RESULTS, {"checkpoint": str(checkpoint), "results": found})
+        print(table(found))
+    return directory / RESULTS
+
+
+def suite_of(options: Any) -> Suite:
+    """The tasks, and how they are asked, of the command's options; `key=value` are keys of `SamplingSection`."""
+    changes: dict[str, Any] = {}
+    for override in options.overrides:
+        apply_override(changes, override, {})
+    judge = (("base_url", options.judge), ("model", options.judge_model)) if options.judge else ()
+    names = tuple(filter(None, options.tasks.split(",")))
+    return Suite(names, options.data, options.limit, options.hub, options.shots, tuple(changes.items()), judge)
