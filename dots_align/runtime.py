@@ -4,7 +4,9 @@ directory and its metrics.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -14,7 +16,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -223,7 +225,7 @@ def _identity(recipe: Section) -> dict[str, Any]:
     they take the same batch.
     """
     values = recipe_dict(recipe)
-    for key in ("overwrite", "parallel"):
+    for key in ("overwrite", "parallel", "trackers"):
         values.pop(key, None)
     launch = values.pop("launch", {"backend": "embedded"})
     if launch["backend"] != "embedded":  # its checkpoints and its order of minibatches are others
@@ -302,32 +304,28 @@ def _foreign(directory: Path, record: Path, recipe: Any) -> str | None:
 
 
 class MetricsLog:
-    """Appends to `metrics.jsonl`, `router.jsonl`, `samples.jsonl` and `hooks.jsonl`, and to TensorBoard if asked.
+    """Appends to `metrics.jsonl`, `router.jsonl`, `samples.jsonl` and `hooks.jsonl`, and tells trackers if asked.
 
     Args:
         directory: the run directory.
         resume_step: lines of later steps are dropped, for they will be written again.
-        report_to: trackers beside the files; `tensorboard` is the one there is.
+        recipe: of the run; its `trackers` are told of all metrics.
     """
 
-    def __init__(self, directory: Path, resume_step: int = 0, report_to: tuple[str, ...] = ()) -> None:
+    def __init__(self, directory: Path, resume_step: int = 0, recipe: Any = None) -> None:
         self.directory, self._started = directory, time.monotonic()
         self._last: dict[str, float] = {}
         for name in ("metrics", "router", "samples", "hooks"):
             _drop_after(directory / f"{name}.jsonl", resume_step)
-        self._board = None
-        if "tensorboard" in report_to and is_main_process():
-            self._board = _summary_writer(directory / "tensorboard", resume_step)
+        names = recipe.trackers if recipe is not None and is_main_process() else ()
+        self._trackers = Trackers(names, directory, resume_step, recipe_dict(recipe) if names else {})
 
     def log(self, step: int, values: dict[str, float]) -> None:
         if not is_main_process():
             return
         self._last.update(values)
         self._append("metrics", {"step": step, "time": round(time.monotonic() - self._started, 3), **values})
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
-            self._board.flush()
+        self._trackers.log(step, values)
 
     def log_router(self, step: int, layers: list[int], load: list[list[float]]) -> None:
         rounded = [[round(share, 6) for share in row] for row in load]
@@ -347,14 +345,53 @@ class MetricsLog:
                 out.write(json.dumps(value, ensure_ascii=False) + "\n")
 
 
-def _summary_writer(directory: Path, resume_step: int) -> Any:
-    try:
-        from torch.utils.tensorboard.writer import SummaryWriter
-    except ImportError:
-        raise ValueError(
-            "logging.report_to names tensorboard, which is not installed; pip install 'dots-align[tensorboard]'"
-        ) from None
-    return SummaryWriter(str(directory), purge_step=resume_step + 1)
+class Trackers:
+    """TensorBoard, wandb and trackio, as accelerate drives them; started with the first values.
+
+    Args:
+        names: of them; none is the usual case.
+        directory: the run directory. resume_step: later steps will be logged again. recipe: recorded with the run.
+
+    Raises:
+        ValueError: one is not installed.
+    """
+
+    def __init__(self, names: Sequence[str], directory: Path, resume_step: int, recipe: dict[str, Any]) -> None:
+        for name in names:
+            if importlib.util.find_spec(name) is None:
+                raise ValueError(f"trackers names {name}, which is not installed; pip install {name}")
+        run = {"config": recipe, "name": directory.name}
+        self._options: dict[str, dict[str, Any]] = {
+            "tensorboard": {"run_name": "tensorboard", "logging_dir": directory, "purge_step": resume_step + 1},
+            "wandb": {"run_name": "dots_align", "dir": str(directory), **run},
+            "trackio": {"run_name": "dots_align", **run},
+        }
+        self._names = names
+        self._started: list[Any] = []
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Hands values on; those of a step that is over, such as a late evaluation's, keep their step."""
+        if self._names and not self._started:
+            self._started = [self._start(name) for name in self._names]
+        for tracker in self._started:
+            if tracker.name == "wandb":  # it refuses steps that fall
+                tracker.log({**values, "step": step})
+            else:
+                tracker.log(values, step=step)
+            if tracker.name == "tensorboard":
+                tracker.tracker.flush()
+
+    def _start(self, name: str) -> Any:
+        from accelerate import PartialState
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+        PartialState()  # what a tracker logs about itself goes through it
+        tracker: Any = LOGGER_TYPE_TO_CLASS[name](**self._options[name])
+        tracker.start()
+        if name == "wandb":
+            tracker.tracker.define_metric("*", step_metric="step")
+        atexit.register(tracker.finish)
+        return tracker
 
 
 def _drop_after(path: Path, step: int) -> None:

@@ -173,7 +173,6 @@ class SaveSection(Section):
 
 class LoggingSection(Section):
     logging_steps: int = Field(default=1, ge=1)
-    report_to: tuple[Literal["tensorboard"], ...] = ()
 
 
 class SuiteSection(Section):
@@ -337,6 +336,10 @@ class _StageRecipe(_Recipe):
     optim: OptimSection = OptimSection()
     save: SaveSection = SaveSection()
     logging: LoggingSection = LoggingSection()
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = Field(
+        default=(),
+        description="are told of all metrics; wandb and trackio, by their settings, may upload them",
+    )
     on_save: tuple[HookSection, ...] = Field(default=(), description="what is done with every published checkpoint")
     evaluation: EvaluationSection | None = None
 

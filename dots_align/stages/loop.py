@@ -233,7 +233,7 @@ def run(recipe: RlRecipe) -> Path:
             model.gradient_checkpointing_enable({"use_reentrant": False})
     loop = RlLoop(recipe, policy, reference, tokenizer, prompts, rewards, critic)
     publisher = Publisher(run_dir, recipe, data_hash(prompts), hooks)
-    log = MetricsLog(run_dir, step_of(resume) if resume else 0, recipe.logging.report_to)
+    log = MetricsLog(run_dir, step_of(resume) if resume else 0, recipe)
     if resume:
         logger.info("resuming from %s", resume)
         publisher.finish_hooks(resume, log)

@@ -235,7 +235,7 @@ def train_and_publish(
     deepspeed = recipe.parallel.backend == "deepspeed"
     publisher = Publisher(run_dir, recipe, data_hash, resolve_hooks(recipe))
     resume = on_main(lambda: newest_whole(run_dir))
-    log = MetricsLog(run_dir, step_of(resume) if resume else 0, recipe.logging.report_to)
+    log = MetricsLog(run_dir, step_of(resume) if resume else 0, recipe)
     if resume is not None:
         if deepspeed:
             zero.check_resume(resume, world_size())

@@ -99,7 +99,7 @@ def test_grpo_with_a_kl_term_and_several_updates(recipe: Recipe, start: Path, tm
             "train.num_epochs=2",
             "train.num_minibatches=2",
             f"rewards.0.function={_odd_reward(tmp_path)}:odd",
-            "logging.report_to=[tensorboard]",
+            "trackers=[tensorboard]",
         ]
     )
     first, second = metrics(tmp_path / "grpo")

@@ -129,7 +129,7 @@ def test_unknown_key_in_a_list_item_is_one_complaint(write) -> None:
 
 def test_unknown_key_like_no_other_lists_its_neighbours(write) -> None:
     told = complaint(write(GRPO + "logging:\n  qqqq: 1\n"))
-    assert "keys here are logging_steps, report_to" in told
+    assert "keys here are logging_steps" in told
 
 
 def test_wrong_type_and_range_show_what_was_found(write) -> None:
@@ -203,7 +203,7 @@ def test_overrides_nested_list_index_null_and_new_section(write) -> None:
             "save.save_steps=null",
             "train.max_steps=7",
             "data.system_prompt=a=b",
-            "logging.report_to=[tensorboard]",
+            "trackers=[tensorboard]",
         ],
     )
     assert recipe.optim.learning_rate == 2e-6
@@ -211,7 +211,7 @@ def test_overrides_nested_list_index_null_and_new_section(write) -> None:
     assert recipe.save.save_steps is None
     assert recipe.train.max_steps == 7
     assert recipe.data.system_prompt == "a=b"
-    assert recipe.logging.report_to == ("tensorboard",)
+    assert recipe.trackers == ("tensorboard",)
 
 
 def test_the_last_override_wins(write) -> None:

@@ -127,7 +127,7 @@ def test_somebody_elses_run_json_and_data_are_never_deleted(tmp_path: Path) -> N
 
 
 def test_recipe_hash_depends_on_every_key_but_overwrite(tmp_path: Path) -> None:
-    assert recipe_hash(recipe(tmp_path)) == recipe_hash(recipe(tmp_path, overwrite=True))
+    assert recipe_hash(recipe(tmp_path)) == recipe_hash(recipe(tmp_path, overwrite=True, trackers=("wandb",)))
     assert recipe_hash(recipe(tmp_path)) != recipe_hash(recipe(tmp_path, seed=1))
 
 
@@ -182,11 +182,22 @@ def test_samples_with_unicode_line_separators_survive_a_resume(tmp_path: Path) -
 
 def test_tensorboard_gets_the_same_values(tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = MetricsLog(tmp_path, report_to=("tensorboard",))
-    log.log(1, {"sft/loss": 1.5})
+    for resumed_at in (0, 1):
+        log = MetricsLog(tmp_path, resumed_at, recipe(tmp_path, trackers=("tensorboard",)))
+        if not resumed_at:
+            log.log(1, {"sft/loss": 1.5})
+            log.log(2, {"sft/loss": 99.0})  # of a process that died before it saved
     log.log(2, {"sft/loss": 1.25})
+    log.log(1, {"eval/exact_match": 0.5})  # by a hook that took longer than a step
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(e.step, e.value) for e in events.Scalars("sft/loss")] == [(1, 1.5), (2, 1.25)]
+    assert [(e.step, e.value) for e in events.Scalars("eval/exact_match")] == [(1, 0.5)]
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_training(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="trackers names trackio, which is not installed; pip install trackio"):
+        MetricsLog(tmp_path, recipe=recipe(tmp_path, trackers=("trackio",)))
 
 
 def test_write_json_replaces_the_file_in_one_go(tmp_path: Path) -> None:
