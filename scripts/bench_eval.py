@@ -1,0 +1,119 @@
+#!/usr/bin/env python
+"""How fast is an evaluation? lm-evaluation-harness' requests for GSM8K, on our engine and on its own back end.
+
+In one process, on the same tiny weights, prompts and limits, taking turns: `EngineLM` (what `dots-align eval --lm-eval`
+runs) and the harness' `HFLM` for plain transformers, at the batch size that is fastest for it on the first prompts.
+The prompts are GSM8K's test set (--data), else made-up ones of the same number and length. Fresh weights do not end a
+turn, so every answer runs to --max-tokens.
+
+    scripts/bench_eval.py --data ../shared/data
+    scripts/bench_eval.py --quick
+
+Needs `pip install -c constraints.txt -e '.[lm-eval]'`. Prints a table, then `RESULT {json}`:
+
+    eval_ratio        seconds of the harness' back end / ours (medians)
+    same_answers      share of answers that are equal, letter by letter
+    seconds           {ours, harness}
+    num_items, max_tokens, batch_size, quick
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports] - an extra
+from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+
+from dots_align.data import synthetic
+from dots_align.data.tokenizer import train_tokenizer
+from dots_align.evals.lm_eval import EngineLM
+from dots_align.evals.task import load_items, load_task
+from dots_align.model.dots1 import create_model, preset_config
+
+_ASKED = "Ann has some apples and sells three of them to each friend at two dollars every day how many "
+NUM_ITEMS, BATCH_SIZES = 1319, (16, 64, 128)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder with gsm8k/test.jsonl; made-up prompts if not given")
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="48 prompts, 32 tokens")
+    options = parser.parse_args()
+    count, max_tokens = (48, 32) if options.quick else (NUM_ITEMS, options.max_tokens)
+    tokenizer = train_tokenizer(synthetic.corpus(), preset_config("tiny").vocab_size, 2048)
+    asked = prompts(options.data, count)
+    model = create_model(
+        preset_config("tiny", eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id), 0, ()
+    ).eval()
+    ours, plain = EngineLM(model, tokenizer), plain_copy(model)
+    texts = [ours.apply_chat_template([{"role": "user", "content": text}]) for text in asked]
+    requests = [
+        Instance("generate_until", {}, (text, {"until": [], "max_gen_toks": max_tokens, "do_sample": False}), n)
+        for n, text in enumerate(texts)
+    ]
+    size = fastest(plain, tokenizer, requests[: min(128, count)])
+    theirs = HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=size, device="cpu")
+    ours.generate_until(requests[:2])  # compiles the native forward
+    seconds: dict[str, list[float]] = {"ours": [], "harness": []}
+    for _ in range(options.repeats):
+        found = {name: timed(lm, requests, seconds[name]) for name, lm in (("ours", ours), ("harness", theirs))}
+    report(seconds, found, {"num_items": count, "max_tokens": max_tokens, "batch_size": size, "quick": options.quick})
+
+
+def prompts(data: Path | None, count: int) -> list[str]:
+    """GSM8K's test questions as the suite asks them, or made-up ones of about their length."""
+    if data is not None:
+        return [item.prompt for item in load_items(load_task("gsm8k"), data, None, count, hub=False)]
+    rng = random.Random(0)
+    words = _ASKED.split()
+    return [" ".join(rng.choices(words, k=rng.randrange(20, 80))) for _ in range(count)]
+
+
+def plain_copy(model: Any) -> Any:
+    """The same weights in plain transformers, with the attention and experts it chooses itself."""
+    from transformers import Dots1ForCausalLM
+
+    config = type(model.config)(**{k: v for k, v in model.config.to_dict().items() if not k.startswith("_")})
+    plain = Dots1ForCausalLM(config)
+    plain.load_state_dict(model.state_dict())
+    return plain.eval()
+
+
+def fastest(plain: Any, tokenizer: Any, requests: list[Any]) -> int:
+    """The batch size at which the harness' back end answers these soonest."""
+    taken: dict[int, list[float]] = {size: [] for size in BATCH_SIZES if size <= len(requests)}
+    for size, seconds in taken.items():
+        timed(HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=size, device="cpu"), requests, seconds)
+    return min(taken, key=lambda size: taken[size][0])
+
+
+def timed(lm: Any, requests: list[Any], seconds: list[float]) -> list[str]:
+    started = time.perf_counter()
+    with torch.no_grad():
+        found = lm.generate_until(requests, disable_tqdm=True)
+    seconds.append(time.perf_counter() - started)
+    return found
+
+
+def report(seconds: dict[str, list[float]], found: dict[str, list[str]], about: dict[str, Any]) -> None:
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"{about['num_items']} prompts, {about['max_tokens']} tokens each, {torch.get_num_threads()} threads")
+    for name, value in medians.items():
+        rate = about["num_items"] * about["max_tokens"] / value
+        print(f"{name:8} {value:8.1f} s   {rate:9,.0f} tokens/s   {medians['harness'] / value:5.1f}x")
+    same = sum(a == b for a, b in zip(found["ours"], found["harness"], strict=True)) / about["num_items"]
+    summary = {"eval_ratio": round(medians["harness"] / medians["ours"], 2), "same_answers": round(same, 4)}
+    print("RESULT " + json.dumps({**summary, "seconds": {n: round(v, 2) for n, v in medians.items()}, **about}))
+
+
+if __name__ == "__main__":
+    main()
