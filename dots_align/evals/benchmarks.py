@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
+from dots_align.config import explain
 from dots_align.data.sources import data_hash
 from dots_align.evals.answers import Ask, answers
 from dots_align.evals.likelihood import likelihoods
@@ -59,7 +62,12 @@ class Suite:
         if self.num_shots is not None:
             update["num_shots"] = self.num_shots
         update["sampling"] = {**task.sampling.model_dump(), **dict(self.changes)}
-        return TaskSection.model_validate({**task.model_dump(), **update})
+        try:
+            return TaskSection.model_validate({**task.model_dump(), **update})
+        except ValidationError as error:
+            origins = {("sampling", name): f"{name}={value}" for name, value in self.changes}
+            told = [explain(e, TaskSection, origins, Path(task.name)) for e in error.errors()]
+            raise ValueError("\n".join(told)) from None
 
 
 def run_suite(model: Any, tokenizer: Any, suite: Suite, checkpoint_id: str, directory: Path) -> dict[str, Any]:

@@ -11,7 +11,9 @@ import pytest
 from process_group import launch
 from stage_cases import differences, run_command
 
-from dots_align.checkpoint import check_whole
+from dots_align.checkpoint import check_whole, load_model
+from dots_align.config import ModelSection
+from dots_align.evals.benchmarks import Suite, run_suite
 
 REPO = Path(__file__).resolve().parents[2]
 REWARD = f"{Path(__file__).parent / 'stage_cases.py'}:even_tokens"
@@ -184,7 +186,15 @@ def test_hooks_of_adapters_on_several_processes(start: Path, tmp_path: Path) -> 
     )
     failing = f"{{hook: '{hooks}:hang', in: trainer, timeout_seconds: 1}}, '{hooks}:killed'"
     asked = f"on_save=[evaluate, {failing}, {{hook: evaluate, in: process}}]"
-    quick = ("train.max_steps=1", "evaluation.num_prompts=5", "evaluation.max_tokens=4", "parallel.ep=2", asked)
+    for name in ("lambada/a.jsonl", "c3/dev.jsonl"):
+        (tmp_path / name).parent.mkdir()
+        rows = (
+            {"text": f"{n} and {n}", "context": f"{n}", "question": "?", "choice": ["a", "ab"], "answer": "a"}
+            for n in range(5)
+        )
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tasks = f"evaluation.tasks={{names: [lambada, c3], data: {tmp_path}}}"
+    quick = ("train.max_steps=1", "evaluation.num_prompts=5", "evaluation.max_tokens=4", "parallel.ep=2", asked, tasks)
     launch(2, run_command, arguments("sft", run_dir, start, 2, *ADAPTERS, *quick))
     found = {line["hook"]: line for line in map(json.loads, (run_dir / "hooks.jsonl").read_text().splitlines())}
     assert {name: line["status"] for name, line in found.items()} == {
@@ -194,4 +204,9 @@ def test_hooks_of_adapters_on_several_processes(start: Path, tmp_path: Path) -> 
         "evaluate_4": "done",
     }
     assert found["evaluate"]["metrics"] == found["evaluate_4"]["metrics"]
+    model, tokenizer = load_model(ModelSection(path=str(run_dir / "last")))
+    alone = run_suite(model, tokenizer, Suite(("lambada", "c3"), tmp_path), "merged", tmp_path / "alone")
+    spread = json.loads((run_dir / "last" / "eval.json").read_text())["tasks"]
+    assert spread["lambada"]["loss"] == pytest.approx(alone["lambada"]["metrics"]["loss"], rel=1e-4)
+    assert spread["c3"] == alone["c3"]["metrics"]
     check_whole(run_dir / "last")

@@ -13,7 +13,7 @@ from dots_align import cli
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     (tmp_path / "data" / "gsm8k").mkdir(parents=True)
-    rows = ({"question": f"What is {n}+1?", "answer": f"#### {n + 1}"} for n in range(300))
+    rows = ({"question": f"What is {n}+1?", "answer": f"#### {n + 1}"} for n in range(270))
     (tmp_path / "data" / "gsm8k" / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path / "data"
 
@@ -30,7 +30,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(start: Path, data: Path,
             break
     process.kill()
     told, _ = process.communicate()
-    assert 0 < len(lines) < 300, f"it was to be killed in the middle: {told}"
+    assert 0 < len(lines) < 270, f"it was to be killed in the middle: {told}"
     for name in ("killed", "whole"):
         cli.main([*arguments, "--output", str(tmp_path / name)])
     printed = capsys.readouterr().out
@@ -38,7 +38,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_result(start: Path, data: Path,
     items = [next((tmp_path / name).glob("gsm8k-*.items.jsonl")).read_text() for name in ("killed", "whole")]
     assert items[0] == items[1]
     results = json.loads((tmp_path / "whole" / "results.json").read_text())["results"]
-    assert results["gsm8k"]["num_items"] == 300
+    assert results["gsm8k"]["num_items"] == 270
 
 
 def test_tasks_of_a_recipe_are_asked_with_its_evaluation(start: Path, data: Path, tmp_path: Path, recipe: Callable):
@@ -54,4 +54,6 @@ def test_what_cannot_be_evaluated_is_said_at_once(fails: Callable[..., str], sta
     assert "no task 'gsm9k'" in fails("eval", start, "--tasks", "gsm9k")
     assert "none of gsm8k/test.jsonl" in fails("eval", start, "--tasks", "gsm8k", "--data", tmp_path)
     assert "give --tasks for a checkpoint directory" in fails("eval", start)
-    assert "unknown key `max_tokns`" in fails("eval", start, "max_tokns=3", "--tasks", "gsm8k", "--data", tmp_path)
+    assert "unknown key `sampling.max_tokns`; did you mean `sampling.max_tokens`?" in fails(
+        "eval", start, "max_tokns=3", "--tasks", "gsm8k", "--data", tmp_path
+    )

@@ -17,7 +17,16 @@ import pytest
 from dots_align.config import RewardSection
 from dots_align.scoring import RewardSum
 from dots_align.types import Message, Prompt, Response
-from reward_models.judge import API_KEY_ENV, RUBRICS, judge_messages, load_rubric, parse_score, rubric_score
+from reward_models.judge import (
+    API_KEY_ENV,
+    RUBRICS,
+    correct,
+    judge_messages,
+    load_rubric,
+    not_attempted,
+    parse_score,
+    rubric_score,
+)
 
 SECRET = "sk-never-to-be-seen"
 
@@ -125,6 +134,20 @@ def test_nothing_is_asked_twice(server: Server, tmp_path: Path) -> None:
     assert len(server.requests) == 4
 
 
+@pytest.mark.parametrize(("given", "wanted"), [(2, [1.0, 0.0]), (1, [0.0, 1.0]), (0, [0.0, 0.0])])
+def test_a_short_answer_is_graded_against_the_reference_once(
+    server: Server, tmp_path: Path, given: int, wanted: list[float]
+) -> None:
+    server.answer = lambda _: (200, grade(given), {})
+    asked = Response(Prompt([Message("user", "Who?")], "Ada Lovelace", "data.jsonl:4"), "It was Ada.")
+    judge = {"base_url": server.base_url, "model": "judge", "cache_dir": str(tmp_path)}
+    assert [asyncio.run(function(asked, **judge)) for function in (correct, not_attempted)] == wanted
+    (request,) = server.requests
+    material = request["messages"][1]["content"]
+    assert material.index("Who?") < material.index("Ada Lovelace") < material.index("It was Ada.")
+    assert load_rubric("correctness").texts["en"] in request["messages"][0]["content"]
+
+
 def test_a_broken_cache_file_is_asked_for_again(server: Server, tmp_path: Path) -> None:
     score(server, tmp_path, response())
     (kept,) = tmp_path.glob("*.json")
@@ -214,7 +237,7 @@ def test_a_mistyped_argument_is_refused_before_anything_is_scored() -> None:
 
 
 def test_every_rubric_is_in_both_languages() -> None:
-    assert {path.stem for path in RUBRICS.glob("*.yaml")} == {"empathy", "honesty", "helpfulness"}
+    assert {path.stem for path in RUBRICS.glob("*.yaml")} == {"correctness", "empathy", "honesty", "helpfulness"}
     for path in RUBRICS.glob("*.yaml"):
         rubric = load_rubric(path.stem)
         for points in range(rubric.lowest, rubric.highest + 1):
