@@ -54,6 +54,7 @@ def test_what_cannot_be_evaluated_is_said_at_once(fails: Callable[..., str], sta
     assert "no task 'gsm9k'" in fails("eval", start, "--tasks", "gsm9k")
     assert "none of gsm8k/test.jsonl" in fails("eval", start, "--tasks", "gsm8k", "--data", tmp_path)
     assert "give --tasks for a checkpoint directory" in fails("eval", start)
-    assert "unknown key `sampling.max_tokns`; did you mean `sampling.max_tokens`?" in fails(
+    told = fails("eval", start, "max_tokns=3", "--tasks", "gsm8k", "--data", tmp_path)
+    assert "max_tokns=3: unknown key `sampling.max_tokns`; did you mean `sampling.max_tokens`?" in told
         "eval", start, "max_tokns=3", "--tasks", "gsm8k", "--data", tmp_path
     )
