@@ -317,15 +317,16 @@ class MetricsLog:
         self._last: dict[str, float] = {}
         for name in ("metrics", "router", "samples", "hooks"):
             _drop_after(directory / f"{name}.jsonl", resume_step)
-        names = recipe.trackers if recipe is not None and is_main_process() else ()
-        self._trackers = Trackers(names, directory, resume_step, recipe_dict(recipe) if names else {})
+        asked = recipe is not None and is_main_process() and recipe.trackers
+        self._trackers = Trackers(asked, directory, resume_step, recipe_dict(recipe)) if asked else None
 
     def log(self, step: int, values: dict[str, float]) -> None:
         if not is_main_process():
             return
         self._last.update(values)
         self._append("metrics", {"step": step, "time": round(time.monotonic() - self._started, 3), **values})
-        self._trackers.log(step, values)
+        if self._trackers is not None:
+            self._trackers.log(step, values)
 
     def log_router(self, step: int, layers: list[int], load: list[list[float]]) -> None:
         rounded = [[round(share, 6) for share in row] for row in load]
@@ -349,7 +350,7 @@ class Trackers:
     """TensorBoard, wandb and trackio, as accelerate drives them; started with the first values.
 
     Args:
-        names: of them; none is the usual case.
+        names: of them.
         directory: the run directory. resume_step: later steps will be logged again. recipe: recorded with the run.
 
     Raises:
@@ -371,7 +372,7 @@ class Trackers:
 
     def log(self, step: int, values: dict[str, float]) -> None:
         """Hands values on; those of a step that is over, such as a late evaluation's, keep their step."""
-        if self._names and not self._started:
+        if not self._started:
             self._started = [self._start(name) for name in self._names]
         for tracker in self._started:
             if tracker.name == "wandb":  # it refuses steps that fall

@@ -64,7 +64,8 @@ def main() -> None:
     theirs = HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=size, device="cpu")
     ours.generate_until(requests[:2])  # compiles the native forward
     seconds: dict[str, list[float]] = {"ours": [], "harness": []}
-    for _ in range(options.repeats):
+    found: dict[str, list[str]] = {}
+    for _ in range(max(options.repeats, 1)):
         found = {name: timed(lm, requests, seconds[name]) for name, lm in (("ours", ours), ("harness", theirs))}
     report(seconds, found, {"num_items": count, "max_tokens": max_tokens, "batch_size": size, "quick": options.quick})
 

@@ -56,5 +56,3 @@ def test_what_cannot_be_evaluated_is_said_at_once(fails: Callable[..., str], sta
     assert "give --tasks for a checkpoint directory" in fails("eval", start)
     told = fails("eval", start, "max_tokns=3", "--tasks", "gsm8k", "--data", tmp_path)
     assert "max_tokns=3: unknown key `sampling.max_tokns`; did you mean `sampling.max_tokens`?" in told
-        "eval", start, "max_tokns=3", "--tasks", "gsm8k", "--data", tmp_path
-    )
