@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from dots_align.model.expert_parallel import is_sharded, reshard
 from dots_align.model.logprobs import model_token_scores
-from dots_align.model.packed import micro_batches, pack
+from dots_align.model.packed import micro_batches, pack_shared
 from dots_align.runtime import gather_objects
 
 MICRO_BATCH_TOKENS = 8192
@@ -30,77 +30,56 @@ class Likelihood:
 def likelihoods(
     model: Any, questions: Sequence[tuple[list[int], list[list[int]]]], max_tokens: int = MICRO_BATCH_TOKENS
 ) -> Iterator[tuple[int, list[Likelihood]]]:
-    """Scores continuations, in forwards of about `max_tokens` tokens without padding.
-
-    Continuations that differ in their last token alone, such as those of one token, share one reading.
+    """Scores continuations, in forwards of about `max_tokens` tokens without padding, which read each context once.
 
     Args:
         model: of a sharded one every process has its own questions, or none, and reads to the end.
         questions: a context and its continuations, token ids; neither is empty.
 
     Yields:
-        (place in the list, a `Likelihood` for each continuation), in order of falling length.
+        (place in the list, a `Likelihood` for each continuation), in any order.
     """
-    rows = [(place, row) for place, question in enumerate(questions) for row in _rows(*question)]
-    batches = micro_batches([len(row.ids) for _, row in rows], max_tokens)
+    assert all(context and continuations and all(continuations) for context, continuations in questions)
+    lengths = [len(context) + sum(map(len, _heads(found))) for context, found in questions]
+    batches = micro_batches(lengths, max_tokens)
     most = max(gather_objects(len(batches))) if is_sharded(model) else len(batches)
-    found: dict[int, dict[int, Likelihood]] = {}
     training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
         for number in range(most):
             # A process that has no work left takes part with a token of its own: the others wait for its experts.
-            members = [rows[i] for i in batches[number]] if number < len(batches) else [(-1, _Row([0], {-1: [0]}))]
-            for place, index, likelihood in _forward(model, members, device):
-                if place >= 0:
-                    found.setdefault(place, {})[index] = likelihood
-            for place in {place for place, _ in members if place >= 0}:
-                if len(found[place]) == len(questions[place][1]):
-                    answers = found.pop(place)
-                    yield place, [answers[i] for i in sorted(answers)]
+            members = batches[number] if number < len(batches) else []
+            found = _forward(model, [questions[place] for place in members] or [([0], [[0]])], device)
+            yield from zip(members, found, strict=False)
     finally:
         model.train(training)
         reshard(model)
 
 
-@dataclass(frozen=True)
-class _Row:
-    """A sequence to read, and by index the continuations that are scored on it: each begins behind `ids[:start]`."""
-
-    ids: list[int]
-    continuations: dict[int, list[int]]
-    start: int = 1
-
-
-def _rows(context: list[int], continuations: list[list[int]]) -> Iterator[_Row]:
-    """Readings that serve all continuations: the last token of one need not be read, its place only be asked for."""
-    assert context
-    assert all(continuations)
-    heads: dict[tuple[int, ...], dict[int, list[int]]] = {}
-    for index, tokens in enumerate(continuations):
-        heads.setdefault(tuple(tokens[:-1]), {})[index] = tokens
-    for head, served in heads.items():
-        yield _Row([*context, *head], served, len(context))
+def _heads(continuations: list[list[int]]) -> list[tuple[int, ...]]:
+    """What has to be read behind the context: of each continuation all but its last token, whose probability alone is
+    asked for. Those that differ in nothing else share a head, and a token alone has none.
+    """
+    return list(dict.fromkeys(tuple(tokens[:-1]) for tokens in continuations if len(tokens) > 1))
 
 
 def _forward(
-    model: Any, members: Iterable[tuple[int, _Row]], device: torch.device
-) -> Iterator[tuple[int, int, Likelihood]]:
-    positions, targets, spans, offset, sequences = [], [], [], 0, []
-    for place, row in members:
-        for index, tokens in row.continuations.items():
-            spans.append((place, index, len(tokens)))
-            first = offset + row.start - 1
-            positions += range(first, first + len(tokens))
+    model: Any, questions: Sequence[tuple[list[int], list[list[int]]]], device: torch.device
+) -> list[list[Likelihood]]:
+    heads = [_heads(continuations) for _, continuations in questions]
+    contexts = [context for context, _ in questions]
+    batch, places = pack_shared(contexts, [[list(h) for h in some] or [[]] for some in heads], device)
+    positions, targets = [], []
+    for (context, continuations), some, rows in zip(questions, heads, places, strict=True):
+        for tokens in continuations:
+            row = rows[some.index(tuple(tokens[:-1]))] if len(tokens) > 1 else rows[0][: len(context)]
+            positions.append(row[len(context) - 1 :])  # the state before a token predicts it
             targets += tokens
-        sequences.append(row.ids)
-        offset += len(row.ids)
-    at, wanted = (torch.tensor(values, device=device) for values in (positions, targets))
-    scores = model_token_scores(model, pack(sequences, device).model_inputs(), at, wanted)
+    wanted = torch.tensor(targets, device=device)
+    scores = model_token_scores(model, batch.model_inputs(), torch.cat(positions), wanted)
     assert scores.is_top1 is not None
-    logprobs, top = scores.logprobs.double().cpu(), scores.is_top1.cpu()
-    begin = 0
-    for place, index, length in spans:
-        part = slice(begin, begin + length)
-        begin += length
-        yield place, index, Likelihood(float(logprobs[part].sum()), bool(top[part].all()), length)
+    sizes = [len(row) for row in positions]
+    parts = zip(scores.logprobs.double().cpu().split(sizes), scores.is_top1.cpu().split(sizes), strict=True)
+    found = [Likelihood(float(logprobs.sum()), bool(top.all()), len(top)) for logprobs, top in parts]
+    rest = iter(found)
+    return [[next(rest) for _ in continuations] for _, continuations in questions]
