@@ -317,8 +317,9 @@ class MetricsLog:
         self._last: dict[str, float] = {}
         for name in ("metrics", "router", "samples", "hooks"):
             _drop_after(directory / f"{name}.jsonl", resume_step)
-        asked = recipe is not None and is_main_process() and recipe.trackers
-        self._trackers = Trackers(asked, directory, resume_step, recipe_dict(recipe)) if asked else None
+        self._trackers = None
+        if recipe is not None and recipe.trackers and is_main_process():
+            self._trackers = Trackers(recipe.trackers, directory, resume_step, recipe_dict(recipe))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         if not is_main_process():
