@@ -35,7 +35,7 @@ def run(recipe: Any) -> Path:
     command = write_config(recipe, start, run_dir)
     publisher = Publisher(run_dir, recipe, "", [])
     resume = newest_whole(run_dir)
-    log = MetricsLog(run_dir, step_of(resume) if resume else 0, recipe.logging.report_to)
+    log = MetricsLog(run_dir, step_of(resume) if resume else 0, recipe)
     code = _start(command, run_dir / "verl", Follower(run_dir, log, recipe, publisher))
     if code != 0:
         raise ValueError(
