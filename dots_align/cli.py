@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         stage.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.learning_rate=1e-5")
     _add_eval(command("eval", "evaluate one checkpoint, by a recipe or on tasks of the suite", _eval))
     plan = command("plan", "will a recipe fit, how fast will it be, and what to change", _plan)
-    plan.add_argument("recipe", type=Path, help="YAML file of sft, dpo or grpo; needs no checkpoint and no GPU")
+    plan.add_argument("recipe", type=Path, help="YAML file of a training stage; needs no checkpoint and no GPU")
     plan.add_argument("overrides", nargs="*", metavar="key=value", help="before any option; for example parallel.ep=4")
     plan.add_argument("--nodes", type=int, help="default: what the recipe's name ends in (_4x8: 4 nodes of 8), else 1")
     plan.add_argument("--gpus-per-node", type=int, help="default: likewise, else 8")

@@ -106,10 +106,10 @@ def moe_layer(config: Any, batch: MicroBatch, trained: frozenset[str]) -> LayerM
     return LayerMemory(early, late, in_forward, in_backward)
 
 
-def head(config: Any, batch: MicroBatch, trained: frozenset[str]) -> int:
-    """The final norm and what the head keeps: its input, and a few numbers per token."""
+def head(config: Any, batch: MicroBatch, trained: frozenset[str], scalar: bool = False) -> int:
+    """The final norm and what the head keeps: its input (fp32 if it gives one number), and a few numbers per token."""
     hidden = config.hidden_size
-    return _norm(hidden, batch, trained, "norm") + batch.scored * (hidden * batch.itemsize + 40)
+    return _norm(hidden, batch, trained, "norm") + batch.scored * (hidden * (4 if scalar else batch.itemsize) + 40)
 
 
 def logits_chunk(config: Any, batch: MicroBatch) -> int:

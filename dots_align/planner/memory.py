@@ -52,8 +52,10 @@ class Work:
     """What memory depends on beside the shards.
 
     `accumulates`: several forwards before gradients are reduced. `mixed`: gathered in bf16, reduced in fp32.
-    `copies`: models of this size, 2 with a reference of its own. `evaluation`: what the `evaluate` hook samples, from a
-    further copy. `on_cpu`: CPUs have no product of bf16 that sums in fp32, and copy.
+    `copies`: models of this size, 2 with a reference of its own. `rollout`: what is sampled in every step, `before`:
+    before there is an optimizer. `evaluation`: what the `evaluate` hook samples, from a further copy; `scoring`: what
+    it reads, if the model is a reward model. `scalar_head`: it gives one number, as a critic does. `on_cpu`: CPUs have
+    no product of bf16 that sums in fp32, and copy.
     """
 
     batch: MicroBatch
@@ -64,7 +66,10 @@ class Work:
     mixed: bool
     copies: int = 1
     rollout: RolloutBatch | None = None
+    before: RolloutBatch | None = None
     evaluation: RolloutBatch | None = None
+    scoring: MicroBatch | None = None
+    scalar_head: bool = False
     on_cpu: bool = False
 
 
@@ -79,7 +84,7 @@ class MemoryModel:
         self.config, self.shards, self.work = config, shards, work
         dense, moe = (self._layer(count, work.batch) for count in (dense_layer, moe_layer))
         self.layers = [moe if self._experts(i) else dense for i in self._depths()]
-        self.head = head(config, work.batch, shards.trained)
+        self.head = head(config, work.batch, shards.trained, work.scalar_head)
         self.always = {
             "parameters": work.copies * shards.bytes,
             "optimizer": 0 if work.offload else shards.optimizer_bytes(offload=False),
@@ -90,6 +95,12 @@ class MemoryModel:
         found = {"forward": self._forward(), "backward": self._backward(), "optimizer": self._optimizer()}
         if self.work.rollout is not None:
             found = {"rollout": self._sampling(self.work.rollout), **found}
+        if self.work.before is not None:
+            alone = {"parameters": self.shards.bytes, "optimizer": 0}
+            found = {"rollout": {**self._sampling(self.work.before), **alone}, **found}
+        if self.work.scoring is not None:
+            reading = self._reading(self.work.scoring)
+            found["evaluate"] = {**reading, "parameters": reading["parameters"] + self.shards.bytes}
         if self.work.evaluation is not None:
             evaluation = self._sampling(self.work.evaluation)
             found["evaluate"] = {**evaluation, "parameters": evaluation["parameters"] + self.shards.bytes}
@@ -117,7 +128,7 @@ class MemoryModel:
                 gathered=self.gathered(group) + self._buffer(group) + waiting,
                 unreduced=accumulated,
                 activations=self._kept(last) + self.head,
-                logits=2 * logits_chunk(self.config, self.work.batch),
+                logits=self._logits(2),
             ),
         ]
         return max(moments, key=lambda moment: sum(moment.values()))
@@ -131,7 +142,7 @@ class MemoryModel:
     def _head_backward(self) -> Bytes:
         """The head's gradient is summed in fp32 over the chunks, then cast, then reduced."""
         group, size, batch = self._group("head"), self.work.batch.itemsize, self.work.batch
-        chunk = logits_chunk(self.config, batch)
+        chunk = self._logits(1)
         own_chunks = chunk + (chunk * size // 4 if size < 4 else 0) + (chunk if size < 4 and self.work.on_cpu else 0)
         in_fp32 = 4 * group.whole_trained
         summing = own_chunks + in_fp32
@@ -186,6 +197,19 @@ class MemoryModel:
         casts = [4 * g.trained for g in self.shards.groups if g.trained_bytes < 4 * g.trained]
         moving = max(casts, default=0) if self.work.offload else sum(casts)
         return self._moment(gradients=self.shards.gradient_bytes, unreduced=moving)
+
+    def _reading(self, batch: MicroBatch) -> Bytes:
+        """A forward without gradients: one layer's weights and activations at a time."""
+        layer = self._layer(moe_layer, batch)
+        last = len(self.layers) - 1
+        running = sum(map(self.gathered, (self._group("layer", last), self._experts(last))))
+        return self._moment(
+            gathered=running + self._buffer(self._experts(last)) + self._left_gathered(last + 1),
+            activations=layer.kept + layer.in_forward,
+        )
+
+    def _logits(self, chunks: int) -> int:
+        return 0 if self.work.scalar_head else chunks * logits_chunk(self.config, self.work.batch)
 
     def _sampling(self, rollout: RolloutBatch) -> Bytes:
         """All weights are gathered for as long as it takes, beside the cache."""

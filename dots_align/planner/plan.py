@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from transformers import Dots1Config
 
 from dots_align.planner.hardware import GPUS, PROCESS_HOST_BYTES, Gpu
-from dots_align.planner.memory import Bytes, MemoryModel
+from dots_align.planner.memory import Bytes
+from dots_align.planner.parts import BuildShards, parts_of, phases_of
 from dots_align.planner.shards import Shards, shards_of
 from dots_align.planner.time_estimate import Seconds, TimeModel, Traffic
-from dots_align.planner.work import Launch, Load, load_of
-
-BuildShards = Callable[..., Shards]
+from dots_align.planner.work import Launch, Load
 
 
 @dataclass(frozen=True)
 class Plan:
-    """`phases`: bytes by category of the worst moment of each. `host_bytes` of one node. `seconds` by GPU's name."""
+    """`phases`: bytes by category of the worst moment of each. `host_bytes` of one node. `seconds` by GPU's name.
+    `critic` is what a process holds of PPO's.
+    """
 
     recipe: Any
     launch: Launch
@@ -29,6 +29,7 @@ class Plan:
     host_bytes: int
     traffic: Traffic
     seconds: dict[str, Seconds]
+    critic: Shards | None = None
 
     @property
     def worst_phase(self) -> str:
@@ -58,17 +59,22 @@ def make_plan(
     Raises:
         ValueError: the layout is impossible.
     """
-    shards = build(config, recipe.parallel, launch.processes, recipe.model.dtype, recipe.train.bf16, recipe.lora)
-    load = load_of(recipe, config, launch, prompt_tokens)
-    memory = MemoryModel(config, shards, load.work)
-    time = TimeModel(config, shards, memory, load, launch, recipe.parallel.ep)
+    parts = parts_of(recipe, config, launch, prompt_tokens, build)
+    times = [TimeModel(p.config, p.shards, p.memory, p.load, launch, recipe.parallel.ep) for p in parts]
+    host = sum(part.memory.host_bytes() for part in parts)
     return Plan(
         recipe,
         launch,
-        shards,
-        load,
-        memory.phases(),
-        launch.gpus_per_node * (memory.host_bytes() + PROCESS_HOST_BYTES),
-        time.traffic(),
-        {gpu.name: time.seconds(gpu) for gpu in GPUS},
+        parts[0].shards,
+        parts[0].load,
+        phases_of(parts),
+        launch.gpus_per_node * (host + PROCESS_HOST_BYTES),
+        _added([time.traffic() for time in times]),
+        {gpu.name: _added([time.seconds(gpu) for time in times]) for gpu in GPUS},
+        parts[1].shards if len(parts) > 1 else None,
     )
+
+
+def _added(values: list[Any]) -> Any:
+    """The sum, field by field: one model works after the other."""
+    return type(values[0])(*(sum(column) for column in zip(*map(astuple, values), strict=True)))

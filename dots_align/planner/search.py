@@ -10,9 +10,9 @@ from typing import Any
 
 from dots_align.config import recipe_dict
 from dots_align.planner.hardware import Gpu
-from dots_align.planner.memory import MemoryModel
+from dots_align.planner.parts import parts_of, phases_of
 from dots_align.planner.shards import Shards, shards_of_few_layers
-from dots_align.planner.work import Launch, load_of
+from dots_align.planner.work import Launch
 
 MOST_NODES = 16
 SHORTEST = 1024  # tokens: no sequence and no forward is cut below
@@ -50,7 +50,7 @@ class Search:
 
     def __init__(self, recipe: Any, config: Any, launch: Launch, prompt_tokens: int) -> None:
         self.recipe, self.config, self.launch, self.prompt_tokens = recipe, config, launch, prompt_tokens
-        self._shards: dict[str, Shards | None] = {}
+        self._shards: dict[str, Shards | ValueError] = {}
 
     def nearest(self, gpu: Gpu) -> Suggestion | None:
         """The cheapest combination of changes that fits, or None if none does."""
@@ -65,25 +65,26 @@ class Search:
         return None
 
     def _fits(self, recipe: Any, launch: Launch, gpu: Gpu) -> bool:
-        shards = self._shards_of(recipe, launch)
-        if shards is None:
+        try:
+            parts = parts_of(recipe, self.config, launch, self.prompt_tokens, self._build)
+        except ValueError:  # an impossible layout
             return False
-        memory = MemoryModel(self.config, shards, load_of(recipe, self.config, launch, self.prompt_tokens).work)
-        if sum(memory.always.values()) > gpu.usable:
+        if sum(sum(part.memory.always.values()) for part in parts) > gpu.usable:
             return False
-        return max(sum(moment.values()) for moment in memory.phases().values()) <= gpu.usable
+        return max(sum(moment.values()) for moment in phases_of(parts).values()) <= gpu.usable
 
-    def _shards_of(self, recipe: Any, launch: Launch) -> Shards | None:
-        """None where the layout is impossible."""
-        arguments = (recipe.parallel, launch.processes, recipe.model.dtype, recipe.train.bf16, recipe.lora)
-        layout = (recipe.parallel.ep, recipe.parallel.dp_replicate, *arguments[1:])
-        key = repr(layout)
+    def _build(self, config: Any, parallel: Any, *layout: Any) -> Shards:
+        """`shards_of_few_layers`, once for each layout."""
+        key = repr((config.hidden_size, config.num_hidden_layers, parallel.ep, parallel.dp_replicate, *layout))
         if key not in self._shards:
             try:
-                self._shards[key] = shards_of_few_layers(self.config, *arguments)
-            except ValueError:
-                self._shards[key] = None
-        return self._shards[key]
+                self._shards[key] = shards_of_few_layers(config, parallel, *layout)
+            except ValueError as error:
+                self._shards[key] = error
+        found = self._shards[key]
+        if isinstance(found, ValueError):
+            raise found
+        return found
 
     def _options(self) -> list[list[Option]]:
         """For each thing that can be changed, what it can become; the first of each is: as it is."""
@@ -112,10 +113,10 @@ class Search:
     def _sizes(self) -> Iterator[list[Option]]:
         """Smaller batches; of RL, smaller pieces of the same batch."""
         train = self.recipe.train
+        if (rollout := getattr(self.recipe, "rollout", None)) is not None:
+            yield _halved("rollout.max_num_sequences", rollout.max_num_sequences, rollout.group_size, 0.5)
         if hasattr(train, "micro_batch_tokens"):
             yield _halved("train.micro_batch_tokens", train.micro_batch_tokens, SHORTEST, 0.5)
-            rollout = self.recipe.rollout
-            yield _halved("rollout.max_num_sequences", rollout.max_num_sequences, rollout.group_size, 0.5)
             return
         if train.gradient_accumulation_steps > 1:
             yield [Option(), Option(2.0, {"train.gradient_accumulation_steps": 1})]

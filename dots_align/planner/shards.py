@@ -22,6 +22,7 @@ from dots_align.config import LoraSection, OptimSection, ParallelSection
 from dots_align.model.dots1 import count_parameters
 from dots_align.model.expert_parallel import check_layout, shard_model
 from dots_align.model.experts import IMPLEMENTATION, local
+from dots_align.model.heads import attach_scalar_head
 from dots_align.model.lora import add_adapter
 from dots_align.model.optimizer import make_optimizer
 from dots_align.model.router import keep_router_in_fp32
@@ -123,18 +124,27 @@ def imagined_processes(count: int) -> Iterator[None]:
 
 
 def shards_of(
-    config: Dots1Config, parallel: ParallelSection, world_size: int, dtype: str, bf16: bool, lora: LoraSection | None
+    config: Dots1Config,
+    parallel: ParallelSection,
+    world_size: int,
+    dtype: str,
+    bf16: bool,
+    lora: LoraSection | None,
+    scalar_head: bool = False,
 ) -> Shards:
     """Builds and shards the model of `config` over `world_size` processes.
 
     Args:
-        dtype: of the parameters. bf16: whether they are gathered in bfloat16.
+        dtype: of the parameters. bf16: whether they are gathered in bfloat16. scalar_head: it is a critic or a reward
+            model.
 
     Raises:
         ValueError: the layout is impossible, or `lora` names what is not there.
     """
     check_layout(parallel, world_size, _number(config.n_routed_experts))
     model: Any = _empty_model(config, dtype)
+    if scalar_head:
+        attach_scalar_head(model)
     parameters, active = count_parameters(model)
     if lora is not None:
         model = add_adapter(model, lora, "")

@@ -58,6 +58,8 @@ def _heading(name: str, source: str, plan: Plan) -> str:
     shards, batch, parallel = plan.shards, plan.load.work.batch, plan.recipe.parallel
     counts = f"{_count(shards.parameters)} parameters, {_count(shards.active)} active a token"
     trained = f"LoRA, {_count(shards.adapter)} trained" if shards.adapter else "all trained"
+    if plan.critic is not None:
+        trained += f"; a critic of {_count(plan.critic.parameters)} beside it"
     replicas = f", {parallel.dp_replicate} replicas" if parallel.dp_replicate > 1 else ""
     return "\n".join(
         [
@@ -74,14 +76,18 @@ def _memory(plan: Plan) -> str:
     names, small = list(plan.phases), plan.peak < GIB
     unit = 2**20 if small else GIB
     shown = [c for c in CATEGORIES if any(plan.phases[n][c] for n in names)]
-    lines = [f"{'MiB' if small else 'GiB'} on a GPU".ljust(24) + "".join(f"{n:>12}" for n in names)]
+    lines = [f"{'MiB' if small else 'GiB'} on a GPU".ljust(24) + "".join(f"{n:>{_width(n)}}" for n in names)]
     for category in shown:
-        lines.append(f"  {category:22}" + "".join(f"{plan.phases[n][category] / unit:>12,.1f}" for n in names))
-    totals = "".join(f"{sum(plan.phases[n].values()) / unit:>12,.1f}" for n in names)
+        lines.append(f"  {category:22}" + "".join(f"{plan.phases[n][category] / unit:>{_width(n)},.1f}" for n in names))
+    totals = "".join(f"{sum(plan.phases[n].values()) / unit:>{_width(n)},.1f}" for n in names)
     lines.append(f"{'total':24}{totals}")
     lines.append(f"peak: {plan.worst_phase}; most of it is {plan.largest}:")
     lines.append(f"  {MEANING[plan.largest]}")
     return "\n".join(lines)
+
+
+def _width(name: str) -> int:
+    return max(12, len(name) + 2)
 
 
 def _verdict(name: str, plan: Plan, gpu: Gpu, nearest: dict[str, tuple[Suggestion, Plan] | None]) -> str:
@@ -147,7 +153,7 @@ def _assumptions(plan: Plan) -> str:
     if load.work.offload:
         found.append(f"{ACHIEVED.host_copy / 1e9:.0f} GB/s a GPU to and from the host")
         found.append(f"AdamW there reads and writes {ACHIEVED.host_memory / 1e9:.0f} GB/s a node")
-    if (sampled := load.work.rollout or load.work.evaluation) is not None:
+    if (sampled := load.work.rollout or load.work.before or load.work.evaluation) is not None:
         found.append(f"prompts of up to {sampled.prompt_tokens} tokens (--prompt-tokens)")
     if load.work.rollout is not None:
         found.append(f"a decoding step costs {1e3 * ACHIEVED.launch:.1f} ms a layer beside what it reads")
@@ -165,6 +171,7 @@ def as_json(name: str, source: str, plan: Plan, nearest: dict[str, tuple[Suggest
         "parameters": plan.shards.parameters,
         "active_parameters": plan.shards.active,
         "adapter_parameters": plan.shards.adapter,
+        "critic_parameters": plan.critic.parameters if plan.critic is not None else 0,
         "step_tokens": plan.load.step_tokens,
         "forward_tokens": plan.load.work.batch.tokens,
         "bytes": plan.phases,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dots_align.rollout.engine import RolloutEngine
 # Assumptions about data that nobody has seen yet.
 BUSIEST = 1.5  # rows that reach one process's experts, to the mean: its experts are the popular ones
 PADDING = 1.3  # tokens that packed attention computes, to those there are: lengths within a bucket differ
+EVALUATION_TOKENS = 16384  # of a forward in which a reward model reads held-out pairs
 PROMPT_TOKENS = 512  # the longest prompt of a rollout, unless told
 
 
@@ -110,9 +111,13 @@ def _batch(recipe: Any, config: Any, tokens: int, scored: int) -> MicroBatch:
     )
 
 
+def _evaluates(recipe: Any) -> bool:
+    return any(section.hook == "evaluate" and section.in_trainer for section in recipe.on_save)
+
+
 def _evaluation(recipe: Any, launch: Launch, prompt_tokens: int) -> RolloutBatch | None:
     """What the `evaluate` hook samples on each process."""
-    if not any(section.hook == "evaluate" and section.in_trainer for section in recipe.on_save):
+    if not _evaluates(recipe) or recipe.stage == "reward_model":
         return None
     prompts = -(-recipe.evaluation.num_prompts // launch.processes)
     at_once = min(prompts, inspect.signature(RolloutEngine).parameters["max_num_sequences"].default)
@@ -145,6 +150,40 @@ def _pairs(recipe: Any, config: Any, launch: Launch, prompt_tokens: int) -> Load
     return _supervised(recipe, config, launch, prompt_tokens, sequences=2)
 
 
+def _scored_pairs(recipe: Any, config: Any, launch: Launch, prompt_tokens: int) -> Load:
+    """Of each answer only the last token goes through the head."""
+    load = _pairs(recipe, config, launch, prompt_tokens)
+    sequences = 2 * recipe.train.per_device_train_batch_size
+    pairs = -(-recipe.evaluation.num_pairs // launch.processes) if _evaluates(recipe) else 0
+    reading = min(EVALUATION_TOKENS, 2 * pairs * recipe.train.max_length)
+    work = replace(
+        load.work,
+        batch=replace(load.work.batch, scored=sequences),
+        scalar_head=True,
+        scoring=_batch(recipe, config, reading, 0) if pairs else None,
+    )
+    return replace(load, work=work)
+
+
+def _sampled_first(recipe: Any, config: Any, launch: Launch, prompt_tokens: int) -> Load:
+    """RFT: SFT, and before it a rollout of all prompts, whose time is not a step's."""
+    load, keys = _supervised(recipe, config, launch, prompt_tokens), recipe.rollout
+    width = min(keys.group_size, keys.max_num_sequences)
+    at_once = max(keys.max_num_sequences // width, 1)
+    before = RolloutBatch(at_once, width, prompt_tokens, keys.max_tokens)
+    return replace(load, work=replace(load.work, before=before))
+
+
+def critic_load(recipe: Any, config: Any, launch: Launch, prompt_tokens: int) -> Load:
+    """The critic of PPO reads what the policy trains on: once for its values, then in every update. All tokens go
+    through its head.
+    """
+    load, train = _reinforced(recipe, config, launch, prompt_tokens), recipe.train
+    batch = replace(load.work.batch, scored=load.work.batch.tokens)
+    work = replace(load.work, batch=batch, copies=1, rollout=None, evaluation=None, scalar_head=True)
+    return replace(load, work=work, inferences=load.forwards // train.num_epochs, waves=0)
+
+
 def _reinforced(recipe: Any, config: Any, launch: Launch, prompt_tokens: int) -> Load:
     train, keys = recipe.train, recipe.rollout
     longest = prompt_tokens + keys.max_tokens
@@ -171,4 +210,11 @@ def _reinforced(recipe: Any, config: Any, launch: Launch, prompt_tokens: int) ->
     return Load(work, batches * updates, inferences, updates, -(-blocks // at_once), step_tokens, longest)
 
 
-_LOADS: dict[str, Callable[..., Load]] = {"sft": _supervised, "dpo": _pairs, "grpo": _reinforced}
+_LOADS: dict[str, Callable[..., Load]] = {
+    "sft": _supervised,
+    "rft": _sampled_first,
+    "dpo": _pairs,
+    "reward_model": _scored_pairs,
+    "grpo": _reinforced,
+    "ppo": _reinforced,
+}

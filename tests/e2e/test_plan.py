@@ -113,7 +113,7 @@ def test_a_small_model_is_planned_in_mebibytes(recipe, capsys):
 @pytest.mark.parametrize(
     ("name", "arguments", "says"),
     [
-        ("eval", [], "stage eval has no plan; give a recipe of stage sft, dpo, grpo"),
+        ("eval", [], "stage eval has no plan; give a recipe of stage sft, rft, dpo, reward_model, grpo, ppo"),
         ("pipeline", [], "stage pipeline has no plan"),
         ("sft", ["parallel.ep=3"], "parallel.ep=3 times parallel.dp_replicate=1 does not divide the 8 processes"),
         ("sft", ["parallel.ep=64", "--nodes", "8"], "does not divide the model's 32 routed experts"),

@@ -456,3 +456,16 @@ def test_a_floor_that_no_schedule_reaches_is_refused(overrides: list[str], told:
 )
 def test_a_selection_that_cannot_be_is_refused(overrides: list[str], told: str) -> None:
     assert told in complaint(ROOT / "recipes" / "tiny" / "rft.yaml", *overrides)
+
+
+def test_the_published_recipe_is_what_the_report_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dots_align.stages.pipeline import plan
+
+    monkeypatch.chdir(ROOT)
+    sft, rft = plan(load_recipe("recipes/dots_llm1/published_sft_then_rft.yaml"))
+    assert (sft.stage, rft.stage) == ("sft", "rft")
+    for stage in (sft, rft):
+        assert (stage.optim.learning_rate, stage.optim.schedule) == (5e-6, ("cosine_with_min_lr", {"min_lr": 1e-6}))
+        assert stage.train.num_train_epochs == 2
+        assert stage.train.sessions_per_sample > 1
+    assert rft.rewards[0].function == "reward_models.math:boxed_answer"

@@ -224,6 +224,91 @@ def test_time_follows_work_and_bandwidth(planned):
     assert rollout[H200.name].rollout < rollout[H100.name].rollout  # decoding reads memory
 
 
+# -------------------------------------------------------------------------------- critics, reward models, one rollout
+
+PPO: dict[str, Any] = {**GRPO, "stage": "ppo"}
+REWARD: dict[str, Any] = {
+    **SFT,
+    "stage": "reward_model",
+    "data": {"path": "synthetic:preference"},
+    "on_save": ["evaluate"],
+    "evaluation": {"data": {"path": "synthetic:heldout_preference"}, "num_pairs": 40},
+}
+RFT: dict[str, Any] = {
+    **SFT,
+    "stage": "rft",
+    "data": {"path": "synthetic:prompts"},
+    "rewards": [{"function": "a:b"}],
+    "rollout": {"group_size": 4, "max_tokens": 100, "max_num_sequences": 8},
+}
+HEAD = 4096 * 512  # vocabulary times width of `small`
+
+
+def test_a_model_with_one_number_has_no_vocabulary_to_keep_or_train():
+    arguments = (preset_config("small"), ParallelSection(ep=2), 4, "bfloat16", True, None)
+    language, scalar = shards_of_few_layers(*arguments), shards_of_few_layers(*arguments, True)
+    assert language.parameters - scalar.parameters == HEAD - 512
+    assert language.bytes - scalar.bytes == pytest.approx(2 * HEAD / 4, rel=0.01)
+    adapted = shards_of_few_layers(*arguments[:-1], LoraSection(**ROUTED), True)
+    assert "lm_head" in adapted.trained  # the head of a reward model is new
+
+
+def test_ppo_keeps_a_critic_and_its_optimizer_beside_every_phase(planned):
+    grpo, ppo = planned(GRPO), planned(PPO)
+    assert ppo.critic is not None
+    assert ppo.critic.parameters == ppo.shards.parameters + 512 - HEAD
+    own = ppo.critic.bytes + ppo.critic.optimizer_bytes(offload=False)
+    for name, phase in grpo.phases.items():
+        assert sum(ppo.phases[name].values()) == sum(phase.values()) + own
+    policy = ppo.shards.bytes + ppo.shards.optimizer_bytes(offload=False)
+    for name in ("forward", "backward", "optimizer"):
+        moment = ppo.phases[f"critic {name}"]
+        assert moment["parameters"] + moment["optimizer"] == own + policy
+        assert moment["logits"] == 0
+        assert moment["KV cache"] == 0
+    assert {*ppo.phases} == {*grpo.phases, "critic forward", "critic backward", "critic optimizer"}
+    for gpu in GPUS:
+        assert 1.5 * grpo.seconds[gpu.name].compute < ppo.seconds[gpu.name].compute
+        assert ppo.seconds[gpu.name].rollout == pytest.approx(grpo.seconds[gpu.name].rollout, rel=0.01)
+
+
+def test_offloaded_the_critics_optimizer_is_in_host_memory_too(planned):
+    grpo, ppo = (planned(values, "parallel.offload_optimizer=true") for values in (GRPO, PPO))
+    assert ppo.phases["rollout"]["optimizer"] == 0
+    assert ppo.host_bytes - grpo.host_bytes == 4 * (12 + 4) * ppo.critic.trained_elements
+
+
+def test_a_critic_of_its_own_is_planned_by_its_own_shape(planned, tmp_path: Path):
+    preset_config("tiny").save_pretrained(tmp_path / "critic")
+    small, tiny = planned(PPO), planned(PPO, f"critic.path={tmp_path / 'critic'}")
+    assert tiny.critic.parameters < small.critic.parameters / 10
+    assert tiny.peak < small.peak
+
+
+def test_ppo_under_adapters_still_trains_a_whole_critic(planned):
+    found = planned({**PPO, "lora": ROUTED})
+    assert found.shards.adapter > 0
+    assert found.critic.adapter == 0
+    assert found.critic.trained_elements > 10 * found.shards.trained_elements
+
+
+def test_a_reward_model_reads_two_answers_a_pair_and_evaluates_a_second_copy(planned):
+    found, sft = planned(REWARD), planned(SFT)
+    assert found.load.step_tokens == 2 * sft.load.step_tokens
+    assert found.phases["forward"]["logits"] == 0
+    assert found.phases["evaluate"]["parameters"] == 2 * found.shards.bytes
+    assert found.phases["evaluate"]["KV cache"] == 0
+    assert "evaluate" not in planned({**REWARD, "on_save": []}).phases
+
+
+def test_rft_samples_before_there_is_an_optimizer_and_then_trains_as_sft(planned):
+    found, sft, grpo = planned(RFT), planned(SFT), planned(GRPO)
+    assert found.phases["rollout"]["optimizer"] == 0
+    assert found.phases["rollout"]["KV cache"] == grpo.phases["rollout"]["KV cache"] > 0
+    for name, phase in sft.phases.items():
+        assert found.phases[name] == phase
+
+
 # ------------------------------------------------------------------------------------------------------------- search
 
 
@@ -234,7 +319,9 @@ def _small_gpu(plan: Plan, share: float) -> Gpu:
     return gpu
 
 
-@pytest.mark.parametrize(("values", "share"), [(SFT, 0.6), (SFT, 0.25), (GRPO, 0.5), (SFT, 1.5)])
+@pytest.mark.parametrize(
+    ("values", "share"), [(SFT, 0.6), (SFT, 0.25), (GRPO, 0.5), (PPO, 0.6), (RFT, 0.5), (REWARD, 0.5), (SFT, 1.5)]
+)
 def test_the_nearest_layout_fits_and_can_be_pasted(planned, values, share):
     plan = planned(values)
     config = preset_config("small")
