@@ -528,6 +528,9 @@ class RftRecipe(_SampledRecipe):
             raise ValueError(
                 "stage `rft` samples with the local engine: use rollout.backend=local and parallel.backend=fsdp"
             )
+        for key in ("partial", "prefill_chunk_tokens"):
+            if getattr(self.rollout, key) != RolloutSection.model_fields[key].default:
+                raise ValueError(f"rollout.{key} has no effect in stage `rft`, which samples once; leave it out")
         return self
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -33,6 +34,23 @@ STAGES = {
     "dpo": (
         ("data.max_samples=64", "train.max_length=128", "loss_type=[sigmoid]", "loss_weights=null"),
         ("dpo/loss", "dpo/grad_norm"),
+    ),
+    "reward_model": (
+        ("data.max_samples=64", "train.max_length=128", "on_save=[evaluate]", "evaluation.num_pairs=9"),
+        ("reward_model/loss", "reward_model/grad_norm", "reward_model/margin"),
+    ),
+    # Few answers of an untrained model end; what is mixed in fills the batches.
+    "rft": (
+        (
+            "data.max_samples=8",
+            "rollout.group_size=16",
+            "selection.min_reward=0.0",
+            "mix.data.max_samples=120",
+            "mix.ratio=1000",
+            "train.max_length=128",
+            f"rewards.0.function={REWARD}",
+        ),
+        ("rft/loss", "rft/grad_norm"),
     ),
     "grpo": (
         (
@@ -140,6 +158,8 @@ CASES = [
     ("grpo", "replayed", 2, 2),
     ("grpo", "whole_batch", 2, 1),
     ("ppo", "full", 2, 2),
+    ("reward_model", "lora", 2, 2),
+    ("rft", "full", 2, 2),
     ("sft", "balanced", 4, 2),
     ("grpo", "balanced", 4, 2),
 ]
@@ -162,6 +182,15 @@ def test_a_stage_computes_what_one_process_does(stage, variant, world, ep, start
     launch(world, run_command, arguments(stage, run_dir, start, world, *keys, f"parallel.ep={ep}"))
     found = differences(run_dir, alone(stage, *keys), start, *STAGES[stage][1])
     assert max(found.values()) < 1e-5, found
+    for written in ("last/eval.json", "rft/selected.jsonl", "rft/counts.json"):
+        if (path := alone(stage, *keys) / written).is_file():
+            assert _figures(run_dir / written) == _figures(path)
+
+
+def _figures(path: Path) -> list[dict[str, float]]:
+    """Rounded as far as the order of sums shows."""
+    text = re.sub(r"\d+\.\d{5,}", lambda number: f"{float(number[0]):.4f}", path.read_text())
+    return [json.loads(text)] if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
 
 
 def test_a_run_goes_on_with_other_processes(start, alone, tmp_path):

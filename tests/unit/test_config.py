@@ -451,6 +451,7 @@ def test_a_floor_that_no_schedule_reaches_is_refused(overrides: list[str], told:
         (["selection.pass_rate_bins=[0.5, 0.9]"], "have to rise from above 0 to 1"),
         (["mix.ratio=0"], "greater than 0"),
         (["rollout.backend=vllm", "rollout.vllm.base_url=http://a:1"], "stage `rft` samples with the local engine"),
+        (["rollout.partial={chunk_tokens: 8, extra_prompts: 2}"], "rollout.partial has no effect in stage `rft`"),
         (["rewards=[]"], "`rewards`"),
     ],
 )
