@@ -212,6 +212,11 @@ class RlLoop:
 
 def run(recipe: RlRecipe) -> Path:
     """Loads, trains and returns the last checkpoint's directory."""
+    if recipe.launch.backend != "embedded":
+        raise ValueError(
+            f"launch.backend={recipe.launch.backend}: only `dots-align {recipe.stage} RECIPE` starts it, no pipeline "
+            "does; run this stage by itself, or set launch.backend=embedded"
+        )
     prompts = load_prompts(recipe.data, recipe.seed)
     hooks = resolve_hooks(recipe)
     rewards = RewardSum(recipe.rewards, recipe.scoring.num_workers, load_preference_model)

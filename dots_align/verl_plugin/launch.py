@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -14,10 +15,12 @@ import torch
 import yaml
 
 from dots_align.checkpoint import check_layout_of, ensure_start, newest_whole, step_of
+from dots_align.data.sources import load_prompts
 from dots_align.evals.publisher import Publisher
 from dots_align.runtime import MetricsLog, logger, open_run_directory, world_size
+from dots_align.scoring.functions import load_function
 from dots_align.verl_plugin.follow import Follower
-from dots_align.verl_plugin.mapping import LOADING, STRATEGY, verl_config
+from dots_align.verl_plugin.mapping import LOADING, STRATEGY, check, verl_config
 
 POLL_SECONDS = 1.0
 EXTRA = ("transfer_queue", "cachetools")
@@ -48,26 +51,45 @@ def run(recipe: Any) -> Path:
 
 
 def _check(recipe: Any) -> None:
+    """What can be known before anything is made."""
     if world_size() > 1:
         raise ValueError(
             "launch.backend=verl: Ray starts the processes itself; run this once, without accelerate or torchrun"
         )
+    check(recipe)
+    for reward in recipe.rewards:
+        load_function(reward.function, "rewards.function")
+    load_prompts(recipe.data, recipe.seed)
     if missing := [name for name in EXTRA if find_spec(name) is None]:
         raise ValueError(
             f"launch.backend=verl: {', '.join(missing)} not installed; pip install -c constraints.txt -e '.[cluster]'"
         )
-    launch = recipe.launch
-    check_layout_of(recipe, launch.num_nodes * launch.processes_per_node)
-    here = torch.cuda.device_count()
-    if launch.ray_address is None and launch.num_nodes > 1:
+    check_layout_of(recipe, recipe.launch.num_nodes * recipe.launch.processes_per_node)
+    if recipe.launch.ray_address is None:
+        _check_this_machine(recipe.launch)
+    else:
+        _check_paths([recipe.data.path, *(reward.function for reward in recipe.rewards)])
+
+
+def _check_this_machine(launch: Any) -> None:
+    if launch.num_nodes > 1:
         raise ValueError(
             f"launch.num_nodes={launch.num_nodes}: start Ray on each node (ray start --head, then ray start --address) "
             "and give launch.ray_address=auto"
         )
-    if launch.ray_address is None and 0 < here < launch.processes_per_node:
+    if 0 < torch.cuda.device_count() < launch.processes_per_node:
         raise ValueError(
-            f"launch.processes_per_node={launch.processes_per_node}: there are {here} GPUs here; each process needs one"
+            f"launch.processes_per_node={launch.processes_per_node}: there are {torch.cuda.device_count()} GPUs here; "
+            "each process needs one"
         )
+
+
+def _check_paths(places: list[str]) -> None:
+    for place in places:
+        if not os.path.isabs(place) and (os.path.exists(place) or ".py:" in place):
+            raise ValueError(
+                f"launch.ray_address: {place} is looked for where Ray was started, on every node; give its whole path"
+            )
 
 
 def write_config(recipe: Any, start: Any, run_dir: Path) -> list[str]:
@@ -97,6 +119,7 @@ def _start(command: list[str], directory: Path, follower: Follower) -> int:
     logger.info("%s (its output: %s)", " ".join(command), directory / "log.txt")
     with (directory / "log.txt").open("w", encoding="utf-8") as out:
         child = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that verl, and with it Ray, end as well
         try:
             while child.poll() is None:
                 time.sleep(POLL_SECONDS)

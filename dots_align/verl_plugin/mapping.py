@@ -53,14 +53,19 @@ def refusals(recipe: Any) -> Iterator[str]:
         )
 
 
+def check(recipe: Any) -> None:
+    """Raises ValueError if the recipe asks for something that verl's trainer does not do; one line for each."""
+    if problems := list(refusals(recipe)):
+        raise ValueError("\n".join(f"launch.backend=verl: {problem}" for problem in problems))
+
+
 def verl_config(recipe: Any, start: ModelSection, record: Path) -> dict[str, Any]:
     """verl's whole configuration: its own defaults under `overrides`, everything filled in.
 
     Raises:
-        ValueError: the recipe asks for something that verl's trainer does not do; one line for each.
+        ValueError: as `check`.
     """
-    if problems := list(refusals(recipe)):
-        raise ValueError("\n".join(f"launch.backend=verl: {problem}" for problem in problems))
+    check(recipe)
     # hydra only: importing verl for it would cost seconds
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf

@@ -27,24 +27,15 @@ STOP_REASONS = {"stop": "completed", "length": "length", "abort": "aborted"}
 Ended = list[tuple[int, int, Sample | str]]
 """(ticket, index of the sample, the sample or why the prompt cannot be done)."""
 
-_here: list[WorkerRollout] = []
+_here: list[Desk] = []
 
 
-class WorkerRollout(BaseRollout):
-    """The engine of one training process."""
+class Desk:
+    """Where requests reach the engine of one training process: each has a ticket, by which its samples are told."""
 
-    def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1) -> None:
-        super().__init__(config, model_config, device_mesh)
-        own = dict(self.config.engine_kwargs.get(STRATEGY) or {})
-        gib = own.get("kv_cache_gib")
-        self.engine = RolloutEngine(
-            policy_here(),
-            self.config.max_num_seqs,
-            None if gib is None else int(gib * 2**30),
-            self.config.max_num_batched_tokens,
-        )
+    def __init__(self, engine: RolloutEngine) -> None:
+        self.engine = engine
         self.tickets: dict[int, int] = {}
-        _here.append(self)
 
     def advance(self, requests: dict[int, GenerationRequest], max_steps: int) -> tuple[Ended, bool]:
         """Takes requests in, by ticket, and makes up to `max_steps` forwards; all processes call it together.
@@ -82,6 +73,21 @@ class WorkerRollout(BaseRollout):
     def rest(self) -> None:
         self.tickets.clear()
         self.engine.sleep()
+
+
+class WorkerRollout(BaseRollout):
+    """verl's rollout in a training process: makes the desk there, and has no weights to take."""
+
+    def __init__(self, config: Any, model_config: Any, device_mesh: Any, replica_rank: int = -1) -> None:
+        super().__init__(config, model_config, device_mesh)
+        gib = dict(self.config.engine_kwargs.get(STRATEGY) or {}).get("kv_cache_gib")
+        engine = RolloutEngine(
+            policy_here(),
+            self.config.max_num_seqs,
+            None if gib is None else int(gib * 2**30),
+            self.config.max_num_batched_tokens,
+        )
+        _here.append(Desk(engine))
 
     async def resume(self, tags: list[str]) -> None:
         """Nothing to do: the cache's memory is taken when it is needed."""

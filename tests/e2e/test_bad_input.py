@@ -175,3 +175,20 @@ def test_reward_that_does_not_exist_is_refused_before_anything_is_written(fails,
     )
     assert "reward_models.math has no function 'boxd'" in message
     assert not out.exists()
+
+
+def test_what_verl_cannot_run_is_refused_before_anything_is_made(fails, recipe, out: Path, start: Path):
+    arguments = (
+        "grpo",
+        recipe("grpo"),
+        f"output_dir={out}",
+        f"model.path={start}",
+        "launch.backend=verl",
+        "on_save=[]",
+    )
+    message = fails(*arguments, "launch.processes_per_node=2", "router.replay=R3")
+    assert "launch.backend=verl: router" in message
+    message = fails(*arguments, "launch.processes_per_node=2", "data.path=nowhere.jsonl")
+    assert "nowhere.jsonl: no such file" in message
+    assert is_one_line(message)
+    assert not out.exists()

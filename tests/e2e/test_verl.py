@@ -118,8 +118,19 @@ def difference(one: Path, other: Path) -> float:
     return max(float((a[name] - b[name]).abs().max()) for name in a)
 
 
+def test_verl_without_the_plugin_says_so(repo_root: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("verl finds the GPU by itself")
+    program = "import verl.workers.engine; import dots_align.verl_plugin.config"
+    environment = {**os.environ, "VERL_USE_EXTERNAL_PLUGINS": "none", "PYTHONPATH": str(repo_root)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "verl started without dots_align's plugin" in done.stderr
+    assert "verl.plugins" in done.stderr
+
+
 def test_grpo_over_ray_learns_what_the_embedded_loop_does(
-    under_verl: Any, recipe: Any, start: Path, reward: str, tmp_path: Path, repo_root: Path
+    under_verl: Any, start: Path, reward: str, tmp_path: Path, repo_root: Path
 ) -> None:
     before, keys = rays_processes(), (*KEYS, reward, f"model.path={start}", "train.max_steps=2")
     said = under_verl(tmp_path / "verl", "grpo", str(repo_root / "recipes" / "verl" / "tiny_cpu_1x2.yaml"), *keys)

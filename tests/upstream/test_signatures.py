@@ -340,3 +340,45 @@ def test_distributed_checkpoints_can_be_safetensors() -> None:
 
     assert accepts(HuggingFaceStorageWriter, "path", "fqn_to_index_mapping", "save_distributed")
     assert accepts(HuggingFaceStorageReader, "path")
+
+
+# ----------------------------------------------------------------------------------------- verl's workers and trainer
+
+
+def test_verls_engine_asks_for_nothing_that_ours_does_not_have() -> None:
+    from verl.workers.engine.base import BaseEngine, BaseEngineCtx, EngineRegistry
+
+    from dots_align.verl_plugin.engine import PolicyAdapter
+
+    # Shards and byte differences are for engines that keep copies of the weights; `infer_batch` and `train_batch` are
+    # verl's own, around what we give.
+    not_ours = {"get_per_tensor_param_shard", "prime_delta_snapshots", "get_per_tensor_param_delta_shard"}
+    wanted = {name for name in vars(BaseEngine) if not name.startswith("_")} - not_ours
+    inherited = {"infer_batch", "train_batch", "delta_pin_snapshots"}
+    assert wanted - set(vars(PolicyAdapter)) == inherited
+    assert "self.optimizer_zero_grad()" in inspect.getsource(BaseEngine.train_batch)
+    assert accepts(BaseEngineCtx.__init__, "engine", "mode")
+    assert accepts(EngineRegistry.register, "model_type", "backend", "device")
+
+
+def test_verls_losses_take_what_our_engine_gives_them() -> None:
+    from verl.workers.utils.losses import ppo_loss, value_loss
+
+    for loss in (ppo_loss, value_loss):
+        assert parameters(loss) == ["config", "model_output", "data", "dp_group"]
+        assert "no_padding_2_padding(model_output[" in inspect.getsource(loss)
+
+
+def test_verl_knows_rollouts_and_platforms_by_what_we_register_them_with() -> None:
+    from verl.plugin.platform import PlatformBase, PlatformRegistry
+    from verl.utils import distributed
+    from verl.workers.rollout import base, replica
+
+    from dots_align.verl_plugin import loading
+
+    assert all(len(key) == 2 and "." in path for key, path in base._ROLLOUT_REGISTRY.items())
+    assert accepts(replica.RolloutReplicaRegistry.register, "name", "loader")
+    assert {"init_hybrid", "init_standalone", "launch_servers", "sleep"} <= set(vars(replica.RolloutReplica))
+    assert not PlatformRegistry.get("cpu").__abstractmethods__  # pyright: ignore
+    assert PlatformBase.__abstractmethods__
+    assert parameters(distributed.initialize_global_process_group_ray) == parameters(loading._start_processes)

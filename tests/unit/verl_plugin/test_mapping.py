@@ -23,7 +23,7 @@ BASE: dict[str, Any] = {
 }
 # Read from the run's run.json by the parts that run inside verl, or by `launch` itself.
 READ_THERE = re.compile(
-    r"(data|rewards|scoring|logging|evaluation|algorithm\.overlong.*)\b.*|stage|output_dir|overwrite|launch\.backend"
+    r"(data|rewards|scoring|logging|trackers|evaluation|algorithm\.overlong.*)\b.*|stage|output_dir|overwrite|launch\.backend"
 )
 # Where verl starts from is an argument (`start`); the limit is the publisher's.
 ELSEWHERE = {"model.path", "model.preset", "save.save_total_limit", "algorithm.name"}
