@@ -76,7 +76,7 @@ const Charts = (() => {
     const state = { series, label, span, scale, kind, height, marker, unit, naming, at: null, draft: null };
     series.forEach((one, i) => { one.tone ??= colour(i); });
     const holder = el("div", { class: "chart", tabindex: 0, role: "application", "aria-roledescription": "chart", "aria-label": describe(state), style: { "min-height": `${height}px` } });
-    if (legend) host.append(legendOf(series, scale));
+    if (legend) host.append(legend === true ? legendOf(series, scale) : legend);
     host.append(holder);
     const redraw = keepDrawn(holder, (width) => draw(holder, state, width));
     span.watchers.push(redraw);

@@ -145,6 +145,10 @@
       ({ ...stage.series[name], name: names.length > 1 ? `${run.name}: ${short(name)}` : run.name, tone: tone(run), dash: Charts.DASHES[i % Charts.DASHES.length] })));
   }
 
+  // Of several runs and metrics: what the colours are, then what the dashes are.
+  const comparedLegend = (slot, names) => el("div", { class: "legend" }, slot.entries.map(({ run }) => el("span", {}, el("i", { style: { background: tone(run) } }), run.name)),
+    names.map((name, i) => el("span", {}, el("i", { class: "dashed", style: { "border-top": ["2px solid", "2px dashed", "2px dotted", "4px double"][i % 4] } }), short(name))));
+
   // Every panel that some run has, with the metrics of all.
   function panelsOf(slot, which) {
     const found = new Map();
@@ -164,7 +168,8 @@
     const grid = el("div", { class: "grid curves" });
     for (const panel of panels) {
       const stack = panel.kind === "stack" && !many, series = seriesOf(slot, panel.names);
-      grid.append(Charts.card({ title: panel.title, note: stack ? `${panel.note}${shares(series)}` : panel.note, series, span: slot.span, scale: panel.scale, kind: stack ? "stack" : "lines" }));
+      const legend = many && panel.names.length > 1 ? comparedLegend(slot, panel.names) : true;
+      grid.append(Charts.card({ title: panel.title, legend, note: stack ? `${panel.note}${shares(series)}` : panel.note, series, span: slot.span, scale: panel.scale, kind: stack ? "stack" : "lines" }));
     }
     const thinned = slot.entries.flatMap(({ stage }) => Object.values(stage.series)).filter((series) => series.total > series.steps.length);
     if (!thinned.length) return grid;

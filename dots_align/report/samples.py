@@ -32,7 +32,7 @@ class Blobs:
     def add(self, content: bytes) -> str:
         """Keeps `content` and returns the name it can be found by."""
         name = f"blob-{len(self.content)}"
-        self.content[name] = base64.b64encode(gzip.compress(content, 9, mtime=0)).decode("ascii")
+        self.content[name] = base64.b64encode(gzip.compress(content, 6, mtime=0)).decode("ascii")
         return name
 
     def add_json(self, value: Any) -> str:

@@ -165,6 +165,19 @@ def test_the_command_compares_checkpoints(
     assert values["verdict"] in said
 
 
+def test_json_is_printed_if_asked_for(
+    model_dir: Path, domains: list[Domain], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.html"
+    cli.main(["experts", str(model_dir), "--data", domains[1].path, "--output", str(page), "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(page.with_suffix(".json").read_text(encoding="utf-8"))
+    assert (printed["change"], printed["checkpoints"][0]["specialists"]) == (None, [])  # one checkpoint, one domain
+    for wrong in (tmp_path, tmp_path / "page.txt"):
+        with pytest.raises(SystemExit, match=r"name the file|is an \.html file"):
+            cli.main(["experts", str(model_dir), "--data", domains[1].path, "--output", str(wrong)])
+
+
 def test_a_run_stands_for_all_of_its_checkpoints(model_dir: Path, domains: list[Domain], tmp_path: Path) -> None:
     for step in (2, 10):
         shutil.copytree(model_dir, tmp_path / "run" / f"checkpoint-{step}")
