@@ -16,6 +16,7 @@ import yaml
 
 from dots_align.checkpoint import check_layout_of, ensure_start, newest_whole, step_of
 from dots_align.data.sources import load_prompts
+from dots_align.evals.on_save import resolve_hooks
 from dots_align.evals.publisher import Publisher
 from dots_align.runtime import MetricsLog, logger, open_run_directory, world_size
 from dots_align.scoring.functions import load_function
@@ -33,13 +34,17 @@ def run(recipe: Any) -> Path:
         ValueError: something in the recipe or on this machine does not allow it, or verl's trainer failed.
     """
     _check(recipe)
+    hooks = resolve_hooks(recipe)
     run_dir = open_run_directory(recipe)
     start = ensure_start(recipe, run_dir)
     command = write_config(recipe, start, run_dir)
-    publisher = Publisher(run_dir, recipe, "", [])
+    publisher = Publisher(run_dir, recipe, "", hooks)
     resume = newest_whole(run_dir)
     log = MetricsLog(run_dir, step_of(resume) if resume else 0, recipe)
+    if resume is not None:
+        publisher.finish_hooks(resume, log)
     code = _start(command, run_dir / "verl", Follower(run_dir, log, recipe, publisher))
+    publisher.finish(log)
     if code != 0:
         raise ValueError(
             f"verl's trainer ended with status {code}; what it said is in {run_dir / 'verl' / 'log.txt'} (most likely "

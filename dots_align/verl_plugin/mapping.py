@@ -30,8 +30,11 @@ def refusals(recipe: Any) -> Iterator[str]:
             yield f"{key}: verl's trainer has its own way to sample ahead, launch.mode=colocate_async; or {embedded}"
     if recipe.parallel.backend != "fsdp":
         yield f"parallel.backend={recipe.parallel.backend}: only fsdp runs inside verl"
-    if recipe.on_save:
-        yield "on_save: verl's driver has no part of the model; run `dots-align eval` on the checkpoints"
+    for section in recipe.on_save:
+        if section.hook == "stop_early":
+            yield f"on_save: stop_early cannot end verl's trainer; {embedded}"
+        elif section.in_trainer:
+            yield f"on_save: verl's processes run no hooks; give `{section.hook}` in: process"
     if algorithm.advantage_estimator == "remax":
         yield f"algorithm.advantage_estimator=remax: verl's trainer samples no greedy answers for it; {embedded}"
     if algorithm.policy_loss in _OF_A_MICRO_BATCH:

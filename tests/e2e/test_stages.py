@@ -210,7 +210,7 @@ def killed(checkpoint, recipe):
 FAILED = {"boom": "failed", "hang": "timed_out", "killed": "killed"}
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "grpo", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward_model", "grpo", "ppo"])
 def test_hooks_that_raise_hang_or_are_killed_cost_nothing(recipe: Recipe, start: Path, tmp_path: Path, stage: str):
     """Beside each other in one run: the others are done, the run ends, the checkpoint is whole, the report tells."""
     file, run_dir = tmp_path / "hooks.py", tmp_path / stage
@@ -218,8 +218,9 @@ def test_hooks_that_raise_hang_or_are_killed_cost_nothing(recipe: Recipe, start:
     failing = f"'{file}:boom', {{hook: '{file}:hang', timeout_seconds: 1.5}}, '{file}:killed'"
     beside = ", {hook: evaluate, in: process}" if stage == "sft" else ""
     keys = QUICK_GRPO
-    if stage in ("sft", "dpo"):
-        keys = (*QUICK_GRPO[-2:], "data.max_samples=8", "train.max_steps=1", "train.per_device_train_batch_size=4")
+    if stage in ("sft", "dpo", "reward_model"):
+        keys = ("data.max_samples=8", "train.max_steps=1", "train.per_device_train_batch_size=4")
+        keys += ("evaluation.num_pairs=4",) if stage == "reward_model" else QUICK_GRPO[-2:]
     more = [f"model.path={start}", "model.preset=null", f"on_save=[{failing}, evaluate{beside}]"]
     if stage == "ppo":
         more.append("critic.warmup_steps=0")

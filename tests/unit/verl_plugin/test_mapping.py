@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from dots_align.config import GrpoRecipe, LaunchSection, LoraSection, ModelSection, PpoRecipe
+from dots_align.config import GrpoRecipe, HookSection, LaunchSection, LoraSection, ModelSection, PpoRecipe
 from dots_align.verl_plugin.mapping import overrides, refusals, verl_config
 
 START, RECORD = ModelSection(path="/start"), Path("/run/run.json")
@@ -31,7 +31,7 @@ ELSEWHERE = {"model.path", "model.preset", "save.save_total_limit", "algorithm.n
 OTHER: dict[str, list[Any]] = {
     "seed": [7],
     "lora": [LoraSection(r=3)],
-    "on_save": [[{"hook": "evaluate"}]],
+    "on_save": [(HookSection(hook="evaluate"),)],
     "algorithm.kl_in": ["reward", "loss"],
     "algorithm.kl_controller": ["adaptive"],
     "algorithm.advantage_estimator": ["rloo"],
