@@ -3,10 +3,12 @@
 
 In one process, on the same tiny weights, prompts and limits, taking turns: `EngineLM` (what `dots-align eval --lm-eval`
 runs) and the harness' `HFLM` for plain transformers, at the batch size that is fastest for it on the first prompts.
-The prompts are GSM8K's test set (--data), else made-up ones of the same number and length. Fresh weights do not end a
-turn, so every answer runs to --max-tokens.
+The prompts are GSM8K's test set (--data), else made-up ones of the same number and length. Give a --checkpoint that
+ends its answers, as those of an evaluation do; fresh weights never end a turn, so each answer runs to --max-tokens.
 
-    scripts/bench_eval.py --data ../shared/data
+    dots-align sft recipes/tiny/sft.yaml output_dir=runs/gsm8k/sft data.path=…/gsm8k/train.jsonl \\
+        data.prompt_field=question data.response_field=answer train.max_steps=160 on_save=[]
+    scripts/bench_eval.py --checkpoint runs/gsm8k/sft/last --data …
     scripts/bench_eval.py --quick
 
 Needs `pip install -c constraints.txt -e '.[lm-eval]'`. Prints a table, then `RESULT {json}`:
@@ -14,7 +16,8 @@ Needs `pip install -c constraints.txt -e '.[lm-eval]'`. Prints a table, then `RE
     eval_ratio        seconds of the harness' back end / ours (medians)
     same_answers      share of answers that are equal, letter by letter
     seconds           {ours, harness}
-    num_items, max_tokens, batch_size, quick
+    mean_tokens       of an answer
+    num_items, max_tokens, batch_size, quick, trained
 """
 
 from __future__ import annotations
@@ -31,6 +34,8 @@ import torch
 from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports] - an extra
 from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
 
+from dots_align.checkpoint import load_model
+from dots_align.config import ModelSection
 from dots_align.data import synthetic
 from dots_align.data.tokenizer import train_tokenizer
 from dots_align.evals.lm_eval import EngineLM
@@ -44,16 +49,14 @@ NUM_ITEMS, BATCH_SIZES = 1319, (16, 64, 128)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with gsm8k/test.jsonl; made-up prompts if not given")
-    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--checkpoint", type=Path, help="fresh tiny weights if not given")
+    parser.add_argument("--max-tokens", type=int, default=256, help="as the harness has it where a task does not say")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="48 prompts, 32 tokens")
     options = parser.parse_args()
     count, max_tokens = (48, 32) if options.quick else (NUM_ITEMS, options.max_tokens)
-    tokenizer = train_tokenizer(synthetic.corpus(), preset_config("tiny").vocab_size, 2048)
     asked = prompts(options.data, count)
-    model = create_model(
-        preset_config("tiny", eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id), 0, ()
-    ).eval()
+    model, tokenizer = loaded(options.checkpoint)
     ours, plain = EngineLM(model, tokenizer), plain_copy(model)
     texts = [ours.apply_chat_template([{"role": "user", "content": text}]) for text in asked]
     requests = [
@@ -67,7 +70,19 @@ def main() -> None:
     found: dict[str, list[str]] = {}
     for _ in range(max(options.repeats, 1)):
         found = {name: timed(lm, requests, seconds[name]) for name, lm in (("ours", ours), ("harness", theirs))}
-    report(seconds, found, {"num_items": count, "max_tokens": max_tokens, "batch_size": size, "quick": options.quick})
+    lengths = [len(ours.tok_encode(text)) for text in found["ours"]]
+    about = {"num_items": count, "mean_tokens": round(statistics.mean(lengths), 1), "max_tokens": max_tokens}
+    report(seconds, found, {**about, "batch_size": size, "quick": options.quick, "trained": bool(options.checkpoint)})
+
+
+def loaded(checkpoint: Path | None) -> tuple[Any, Any]:
+    """A checkpoint, or fresh tiny weights."""
+    if checkpoint is not None:
+        model, tokenizer = load_model(ModelSection(path=str(checkpoint)))
+        return model.eval(), tokenizer
+    tokenizer = train_tokenizer(synthetic.corpus(), preset_config("tiny").vocab_size, 2048)
+    config = preset_config("tiny", eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return create_model(config, 0, ()).eval(), tokenizer
 
 
 def prompts(data: Path | None, count: int) -> list[str]:
@@ -107,9 +122,10 @@ def timed(lm: Any, requests: list[Any], seconds: list[float]) -> list[str]:
 
 def report(seconds: dict[str, list[float]], found: dict[str, list[str]], about: dict[str, Any]) -> None:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
-    print(f"{about['num_items']} prompts, {about['max_tokens']} tokens each, {torch.get_num_threads()} threads")
+    told = f"{about['mean_tokens']} tokens an answer, at most {about['max_tokens']}"
+    print(f"{about['num_items']} prompts, {told}, {torch.get_num_threads()} threads")
     for name, value in medians.items():
-        rate = about["num_items"] * about["max_tokens"] / value
+        rate = about["num_items"] * about["mean_tokens"] / value
         print(f"{name:8} {value:8.1f} s   {rate:9,.0f} tokens/s   {medians['harness'] / value:5.1f}x")
     same = sum(a == b for a, b in zip(found["ours"], found["harness"], strict=True)) / about["num_items"]
     summary = {"eval_ratio": round(medians["harness"] / medians["ours"], 2), "same_answers": round(same, 4)}
