@@ -162,14 +162,14 @@ class Lines:
         line["num_prompt_tokens"] = len(ids)
         if isinstance(found, str):
             return {**line, "error": found}
-        if self.options.logprobs or self.options.routes:
+        if self.options.keeps_ids:
             line["prompt_ids"] = ids
         return {**line, "samples": [self._sample(sample) for sample in found]}
 
     def _sample(self, sample: Sample) -> dict[str, Any]:
         text = self.tokenizer.decode(sample.response_ids, skip_special_tokens=True)
         found = {"text": text, "finish_reason": sample.finish_reason, "num_tokens": len(sample.response_ids)}
-        if self.options.logprobs or self.options.routes:
+        if self.options.keeps_ids:
             found["response_ids"] = sample.response_ids
         if self.options.logprobs:
             found["logprobs"] = [round(x, PROBABILITY_DIGITS) for x in sample.logprobs]

@@ -24,11 +24,16 @@ class GenerateOptions(Section):
     min_p: float = Field(default=0.0, ge=0, le=1)
     max_tokens: int = Field(default=256, ge=1)
     seed: int = Field(default=0, ge=0)
+    token_ids: bool = Field(default=False, description="ids of the prompt and of each sample")
     logprobs: bool = Field(default=False, description="token ids and their log-probabilities")
     routes: bool = Field(default=False, description="token ids and the experts they went to")
     max_num_sequences: int = Field(default=256, ge=1, description="samples that decode at once")
     kv_cache_gib: float | None = Field(default=None, gt=0, description="null: half of the memory that is free")
     overwrite: bool = Field(default=False, description="delete what another run left in the output file")
+
+    @property
+    def keeps_ids(self) -> bool:
+        return self.token_ids or self.logprobs or self.routes
 
     def identity(self) -> dict[str, Any]:
         """The keys that change what is sampled, but for the checkpoint and the prompts."""

@@ -80,6 +80,7 @@ def sampling_options(recipe: RftRecipe, start: ModelSection) -> GenerateOptions:
         seed=recipe.seed,
         max_num_sequences=keys.max_num_sequences,
         kv_cache_gib=keys.kv_cache_gib,
+        token_ids=True,  # which some rewards look at
     )
 
 
@@ -141,7 +142,7 @@ def _scored(
     indices: Sequence[int], lines: dict[int, dict[str, Any]], prompts: Sequence[Prompt], rewards: RewardSum
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     responses = [
-        Response(prompts[index], sample["text"], finish_reason=sample["finish_reason"])
+        Response(prompts[index], sample["text"], sample["response_ids"], sample["finish_reason"])
         for index in indices
         for sample in lines[index]["samples"]
     ]

@@ -40,7 +40,7 @@ def test_right_answers_are_selected_counted_and_trained_on_and_a_dead_run_goes_o
     recipe: Callable[[str], str], start: Path, tmp_path: Path, fails
 ):
     reward = tmp_path / "even.py"
-    reward.write_text("def even(response):\n    return float(len(response.text) % 2 == 0)\n")
+    reward.write_text("def even(response):\n    return float(len(response.response_ids) % 2 == 0)\n")
     run_dir = tmp_path / "rft"
     command = ["rft", recipe("rft"), f"output_dir={run_dir}", f"model.path={start}", *QUICK]
     command.append(f"rewards.0.function={reward}:even")
@@ -49,7 +49,7 @@ def test_right_answers_are_selected_counted_and_trained_on_and_a_dead_run_goes_o
     samples, selected = lines(left / "samples.jsonl"), lines(left / "selected.jsonl")
     counts = json.loads((left / "counts.json").read_text())
     answers = {(line["source"], i): s for line in samples for i, s in enumerate(line["samples"])}
-    right = {k for k, s in answers.items() if s["finish_reason"] == "stop" and len(s["text"]) % 2 == 0}
+    right = {k for k, s in answers.items() if s["finish_reason"] == "stop" and s["num_tokens"] % 2 == 0}
     own = [line for line in selected if line["origin"] == "sampled"]
     assert own
     for line in own:
