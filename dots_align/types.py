@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 ROLES = ("system", "user", "assistant")
 
@@ -55,12 +55,41 @@ class Response:
 
     `response_ids` are the sampled tokens including the stop token, if there is one; `text` has no special tokens.
     `finish_reason` is `stop` (the model ended its turn) or `length` (it ran into `max_tokens`).
+
+    Where it talked with an environment, `turns` is all that both said after the prompt, `text` the model's last turn,
+    and `response_ids` the tokens of all its turns.
     """
 
     prompt: Prompt
     text: str
     response_ids: list[int] = field(default_factory=list)
     finish_reason: str = "stop"
+    turns: tuple[Message, ...] = ()
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What an environment says to the model's turn: `messages` that the model gets to read (without any, or if `done`,
+    the episode is over), and a reward.
+    """
+
+    messages: tuple[Message, ...] = ()
+    reward: float = 0.0
+    done: bool = False
+
+
+class Environment(Protocol):
+    """What a recipe's `environment` makes for every sample: the world, or the tools, that the model talks with."""
+
+    def reset(self, prompt: Prompt) -> list[Message] | None:
+        """Begins. Returns the conversation the model shall answer, if that is not the prompt's; for all samples of a
+        prompt the same.
+        """
+        ...
+
+    def step(self, response: Response) -> Observation:
+        """The answer to a turn: `response` has its text and tokens, and all `turns` so far."""
+        ...
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -106,6 +135,23 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Episode:
+    """What became of a sample in its environment.
+
+    `own` has 1 for each response token that the policy sampled, 0 for those the environment said; `turns` is what both
+    said, `num_turns` how often the policy spoke, `reward` the sum of the environment's. `error`: the environment failed
+    and the episode ended there.
+    """
+
+    prompt_ids: list[int]
+    own: list[int]
+    turns: tuple[Message, ...]
+    num_turns: int
+    reward: float
+    error: bool = False
+
+
+@dataclass(frozen=True)
 class Sample:
     """One sampled continuation.
 
@@ -124,6 +170,7 @@ class Sample:
     logprobs: list[float]
     finish_reason: str
     routes: bytes | None = None
+    episode: Episode | None = None
 
 
 @dataclass(frozen=True)
@@ -145,6 +192,8 @@ class Trajectory:
     """A sample with its prompt and score, as the update step of RL consumes it.
 
     Invariant: `len(response_ids) == len(rollout_logprobs)`; trajectories of one `group` answer the same prompt.
+    `response_mask` has 1 for each response token that the policy sampled, 0 for those an environment said, from which
+    nothing is learned; None: all are the policy's.
     """
 
     prompt_ids: list[int]
@@ -153,3 +202,9 @@ class Trajectory:
     group: int
     reward: float
     routes: bytes | None = None
+    response_mask: list[int] | None = None
+
+    @property
+    def num_sampled(self) -> int:
+        """Response tokens that the policy sampled."""
+        return len(self.response_ids) if self.response_mask is None else sum(self.response_mask)

@@ -302,6 +302,22 @@ class LaunchSection(Section):
     warmup_batches: float = Field(default=1.0, ge=0, description="of colocate_async: steps that are asked for ahead")
 
 
+class EnvironmentSection(Section):
+    """What samples talk with, in turns: tools, or a world. One is made for every sample."""
+
+    factory: str = Field(description="class, `module:Class` or `path/to/file.py:Class`, with `reset` and `step`")
+    arguments: dict[str, Any] = Field(default={}, description="keyword arguments of the class")
+    max_turns: int = Field(default=4, ge=1, description="of the policy, in an episode of rollout.max_tokens tokens")
+    weight: float = Field(default=1.0, description="of the environment's own reward, beside the other rewards")
+    timeout_seconds: float = Field(default=30.0, gt=0, description="for one step; an episode that waits longer ends")
+    max_concurrency: int = Field(default=32, ge=1, description="environments that are at work at a time")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        return {"factory": given} if isinstance(given, str) else given
+
+
 class RlTrainSection(Section):
     """How long and in what batches the RL loop trains."""
 
@@ -540,6 +556,7 @@ class _RlRecipe(_SampledRecipe):
     algorithm: AlgorithmSection = AlgorithmSection()
     mismatch: MismatchSection = MismatchSection()
     rollout_correction: RolloutCorrectionSection = RolloutCorrectionSection()
+    environment: EnvironmentSection | None = None
 
     @model_validator(mode="after")
     def _algorithm_fits(self):
@@ -597,6 +614,30 @@ class _RlRecipe(_SampledRecipe):
                 f"rollout.partial goes on with samples begun earlier, which rollout.backend={self.rollout.backend} "
                 "cannot; use local"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _environment_fits(self):
+        if self.environment is None:
+            return self
+        estimator = self.algorithm.advantage_estimator
+        if estimator in ("reinforce_plus_plus", "remax"):
+            raise ValueError(
+                f"environment: algorithm.advantage_estimator={estimator} knows no turns (it would return nothing to "
+                "those before the last, or compare with an answer that had no environment); use another one"
+            )
+        if self.rollout.partial is not None:
+            raise ValueError(
+                "rollout.partial carries samples from step to step and over a restart, which an environment's state "
+                "cannot be; leave one of the two out"
+            )
+        if self.rollout.backend != "local":
+            raise ValueError(
+                f"environment: rollout.backend={self.rollout.backend} cannot go on with a sample after an environment "
+                "has spoken; use local"
+            )
+        if "environment" in reward_names(self.rewards):
+            raise ValueError("a reward is called `environment`, as the environment's own; give it another `name`")
         return self
 
     @model_validator(mode="after")

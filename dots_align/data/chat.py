@@ -68,6 +68,25 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     return list(encoded["input_ids"])
 
 
+def encode_following(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids that messages put behind an answer that has ended, up to and including `<|response|>`. The answer's own
+    tokens do not come into it.
+
+    Raises:
+        ValueError: the tokenizer's template renders a conversation differently when it goes on.
+    """
+    before = [Message("user", "?"), Message("assistant", "!")]
+    encoded: Any = tokenizer.apply_chat_template(as_dicts(before), return_dict=True)
+    until = list(encoded["input_ids"])
+    both = encode_prompt(tokenizer, [*before, *messages])
+    if both[: len(until)] != until:
+        raise ValueError(
+            "the tokenizer's chat template changes what came before when a conversation goes on; environments need one "
+            "that puts each turn behind the others"
+        )
+    return both[len(until) :]
+
+
 def encode_conversation(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> EncodedConversation:
     """Token ids and labels of a conversation; only the assistant's tokens and their stop token carry a label.
 

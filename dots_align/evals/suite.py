@@ -78,6 +78,10 @@ def _answer(
 
 def to_response(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, sample: Sample) -> Response:
     """What a reward function gets to see of a sample."""
+    if (episode := sample.episode) is not None:
+        ids = [token for token, own in zip(sample.response_ids, episode.own, strict=True) if own]
+        last = next(turn.content for turn in reversed(episode.turns) if turn.role == "assistant")
+        return Response(prompt, last, ids, sample.finish_reason, episode.turns)
     text = tokenizer.decode(sample.response_ids, skip_special_tokens=True)
     assert isinstance(text, str)
     return Response(prompt, text, sample.response_ids, sample.finish_reason)

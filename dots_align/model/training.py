@@ -86,8 +86,8 @@ class TokenMeans:
 @dataclass(frozen=True)
 class _Packed:
     """Trajectories packed for one forward. `places` as in ResponseScores; `positions` [M] of the states that predict
-    the M response tokens `targets` [M], trajectory by trajectory; `mask` [b, T] says which of the padded responses'
-    places hold a token.
+    the M sampled response tokens `targets` [M], trajectory by trajectory; `mask` [b, T] says which of the padded
+    responses' places hold one.
     """
 
     inputs: dict[str, Any]
@@ -110,10 +110,12 @@ def _packed(trajectories: Sequence[Trajectory], shares: Sequence[list[int]], dev
     # The state before a token predicts it: that of a response's first token is the prompt's last.
     positions = [row[len(p) - 1 : -1] for p, of_prompt in zip(prompts, places, strict=True) for row in of_prompt]
     targets = [row[len(p) :] for p, of_prompt in zip(prompts, places, strict=True) for row in of_prompt]
-    sizes = torch.tensor([len(row) for row in targets], device=device)
-    mask = torch.arange(int(sizes.max()), device=device)[None] < sizes[:, None]
-    ids = batch.input_ids[0, torch.cat(targets)]
-    return _Packed(batch.model_inputs(), rows, torch.cat(positions), ids, mask)
+    members = [trajectories[i] for i in _flat(shares)]
+    sampled = [torch.tensor(t.response_mask or [1] * len(t.response_ids)) for t in members]
+    mask = torch.nn.utils.rnn.pad_sequence(sampled, batch_first=True).bool().to(device)
+    own = torch.cat(sampled).bool().to(device)
+    ids = batch.input_ids[0, torch.cat(targets)[own]]
+    return _Packed(batch.model_inputs(), rows, torch.cat(positions)[own], ids, mask)
 
 
 def prompt_shares(

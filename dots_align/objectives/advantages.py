@@ -26,7 +26,7 @@ def compute_advantages(
 
     Args:
         rewards: [B] one scalar for each response, credited to its last token.
-        response_mask: [B, T] 1 where the response has a token.
+        response_mask: [B, T] 1 where the response has a token that the policy sampled.
         groups: [B] which prompt each response answers.
         algorithm: names the estimator.
         penalties: [B, T] taken off each token's reward (KL in the reward).
@@ -36,7 +36,7 @@ def compute_advantages(
     estimator = core_algos.get_adv_estimator_fn(algorithm.advantage_estimator)
     mask = response_mask.float()
     token_rewards = torch.zeros_like(mask)
-    last = mask.sum(-1).long() - 1
+    last = (mask * torch.arange(mask.shape[-1], device=mask.device)).argmax(-1)  # there may be gaps before it
     token_rewards[torch.arange(len(rewards), device=rewards.device), last] = rewards.float()
     if penalties is not None:
         token_rewards -= penalties * mask

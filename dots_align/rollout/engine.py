@@ -182,9 +182,12 @@ class RolloutEngine:
     def has_work(self) -> bool:
         return bool(self._ended) or self.scheduler.has_work
 
-    def anyone_has_work(self) -> bool:
-        """Whether this process has work, or, if the model is sharded, any of them; collective then."""
-        return _anyone(self.has_work) if is_sharded(self.model) else self.has_work
+    def anyone_has_work(self, besides: bool = False) -> bool:
+        """Whether this process has work (here, or `besides` it), or, if the model is sharded, any of them; collective
+        then.
+        """
+        busy = self.has_work or besides
+        return _anyone(busy) if is_sharded(self.model) else busy
 
     def refusal(self, request: GenerationRequest) -> str | None:
         """Why a request cannot be done, or None."""

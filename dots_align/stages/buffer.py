@@ -102,6 +102,7 @@ def _batch_records(rollouts: Rollouts) -> Iterator[dict[str, Any]]:
             "group": t.group,
             "reward": t.reward,
             "routes": _text(t.routes),
+            "response_mask": t.response_mask,
             "baseline": baseline,
         }
 
@@ -117,6 +118,7 @@ def _batch(header: dict[str, Any], records: list[dict[str, Any]]) -> Rollouts:
             r["group"],
             r["reward"],
             _bytes(r["routes"]) if is_mine(r["group"]) else None,
+            r["response_mask"],
         )
         for r in ordered
     ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,12 +19,14 @@ from dots_align.data.encoding import encode_prompts
 from dots_align.evals.suite import to_response
 from dots_align.objectives.advantages import overlong_penalty, zero_variance_groups
 from dots_align.rollout.backend import RolloutBackend
-from dots_align.rollout.engine import Failed
+from dots_align.rollout.engine import Failed, RolloutEngine
+from dots_align.rollout.episodes import Episodes
+from dots_align.rollout.scheduler import Finished
 from dots_align.runtime import gather_objects
 from dots_align.runtime import rank as process_rank
 from dots_align.scoring import RewardSum, Score, Scoring
 from dots_align.stages.update import RlRecipe, is_mine
-from dots_align.types import GenerationRequest, Prompt, Sample, SamplingParams, Trajectory
+from dots_align.types import Episode, GenerationRequest, Prompt, Sample, SamplingParams, Trajectory
 
 NUM_SAMPLES_LOGGED = 8
 
@@ -78,6 +81,8 @@ class Scored:
     finish_reason: str
     policies: tuple[tuple[int, int], ...]
     shown: dict[str, Any] | None = None
+    episode: tuple[int, bool] | None = None
+    """With an environment: how often the policy spoke, and whether the environment failed."""
     baseline: float | None = None
 
     def without_routes(self) -> Scored:
@@ -141,6 +146,9 @@ class Collector:
         where = [(p.messages, p.source) for p in prompts]
         self.prompt_ids = encode_prompts(tokenizer, where, context, recipe.rollout.max_tokens)
         self.sampler = PromptSampler(len(prompts), recipe.seed)
+        self.episodes = None
+        if recipe.environment is not None and isinstance(engine, RolloutEngine):
+            self.episodes = Episodes(engine, tokenizer, recipe.environment)
         self.position = 0
         self.groups: list[Group] = []
         self._step = self._version = 0
@@ -187,17 +195,20 @@ class Collector:
         found = {
             "reward": sum(s.reward for s in scored) / count,
             **{f"reward_{name}": sum(s.rewards[name] for s in scored) / count for name in scored[0].rewards},
-            "response_length": sum(len(s.trajectory.response_ids) for s in scored) / count,
+            "response_length": sum(s.trajectory.num_sampled for s in scored) / count,
             "stop_rate": sum(s.finish_reason == "stop" for s in scored) / count,
         }
         # Correct as in an evaluation: the first reward function gives at least 1.
         verdicts = [next(iter(s.rewards.values())) >= 1 for s in scored]
         for name, verdict in (("correct", True), ("wrong", False)):
-            sizes = [len(s.trajectory.response_ids) for s, v in zip(scored, verdicts, strict=True) if v == verdict]
+            sizes = [s.trajectory.num_sampled for s, v in zip(scored, verdicts, strict=True) if v == verdict]
             if sizes:
                 found[f"response_length_{name}"] = sum(sizes) / len(sizes)
         if self.recipe.algorithm.overlong_buffer:
             found["overlong_penalty"] = sum(s.reward - s.trajectory.reward for s in scored) / count
+        if episodes := [s.episode for s in scored if s.episode is not None]:
+            found["turns"] = sum(turns for turns, _ in episodes) / count
+            found["environment_errors"] = float(sum(failed for _, failed in episodes))
         if scored[0].baseline is not None:
             found["greedy_reward"] = sum(s.baseline or 0.0 for s in scored) / count
         return found
@@ -265,8 +276,7 @@ class Collector:
         mine = [g for g in self.groups if is_mine(g.position) and not g.ended]
         found = {g.position: dict(enumerate(g.members)) for g in mine}
         added, failed = [], []
-        routes = self.recipe.rollout.backend == "local"
-        for event in self.engine.stream([self._request(g) for g in mine], return_routes=routes):
+        for event in self._stream(mine):
             if isinstance(event, Failed):
                 failed.append(event.message)
                 continue
@@ -289,12 +299,22 @@ class Collector:
         ]
         return added
 
+    def _stream(self, groups: list[Group]) -> Iterator[Finished | Failed]:
+        requests, routes = [self._request(g) for g in groups], self.recipe.rollout.backend == "local"
+        if self.episodes is None:
+            return self.engine.stream(requests, return_routes=routes)
+        return self.episodes.stream(requests, [self.prompts[g.index] for g in groups], return_routes=routes)
+
     def _member(self, before: Member | None, sample: Sample) -> Member:
-        if sample.finish_reason == "length" and len(sample.response_ids) < self.recipe.rollout.max_tokens:
+        if self.recipe.rollout.partial and self._has_room(sample):
             sample = replace(sample, finish_reason="abort")  # at the end of its round, not of its tokens
         policies = () if before is None else before.policies
         new = len(sample.response_ids) - sum(count for _, count in policies)
         return Member(sample, (*policies, (self._version, new)))
+
+    def _has_room(self, sample: Sample) -> bool:
+        """Whether a sample only ended because its round did."""
+        return sample.finish_reason == "length" and len(sample.response_ids) < self.recipe.rollout.max_tokens
 
     def _ready(self, count: int) -> list[Group] | None:
         """The groups that the step takes: those that have waited longest; None if there are not enough yet."""
@@ -339,20 +359,24 @@ class Collector:
     def _with_score(self, group: Group, number: int, member: Member) -> Scored:
         assert member.score is not None
         reward, values = member.score
-        sample, recipe = member.sample, self.recipe
+        sample, recipe, episode = member.sample, self.recipe, member.sample.episode
+        prompt_ids, mask = self.prompt_ids[group.index], None
+        if episode is not None and recipe.environment is not None:
+            reward = reward + recipe.environment.weight * episode.reward
+            values = {**values, "environment": episode.reward}
+            prompt_ids, mask = episode.prompt_ids, episode.own
         taught = reward + overlong_penalty(len(sample.response_ids), recipe.rollout.max_tokens, recipe.algorithm)
-        prompt_ids = self.prompt_ids[group.index]
         trajectory = Trajectory(
-            prompt_ids, sample.response_ids, sample.rollout_logprobs, group.position, taught, sample.routes
+            prompt_ids, sample.response_ids, sample.rollout_logprobs, group.position, taught, sample.routes, mask
         )
         shown = self._shown(group, sample, reward, values) if number == 0 else None
-        return Scored(trajectory, reward, values, sample.finish_reason, member.policies, shown)
+        return Scored(trajectory, reward, values, sample.finish_reason, member.policies, shown, episode=_brief(episode))
 
     def _shown(self, group: Group, sample: Sample, reward: float, values: dict[str, float]) -> dict[str, Any]:
         response = to_response(self.tokenizer, self.prompts[group.index], sample)
         return {
             "prompt": response.prompt.messages[-1].content,
-            "response": response.text,
+            "response": response.text if sample.episode is None else self._dialogue(sample),
             "answer": response.prompt.answer,
             "reward": reward,
             "rewards": values,
@@ -360,6 +384,12 @@ class Collector:
             "tokens": token_texts(self.tokenizer, sample.response_ids),
             "logprobs": [round(value, 4) for value in sample.rollout_logprobs],
         }
+
+    def _dialogue(self, sample: Sample) -> str:
+        """All of an episode, with the marks of its turns."""
+        text = self.tokenizer.decode(sample.response_ids)
+        assert isinstance(text, str)
+        return text
 
     def _with_baselines(self, mine: list[Group], own: list[Scored]) -> list[Scored]:
         """The same samples with the reward of the greedy answer to their prompt."""
@@ -376,6 +406,10 @@ class Collector:
         ]
         rewards = {g.position: reward for g, (reward, _) in zip(mine, self.rewards.score(responses), strict=True)}
         return [replace(s, baseline=rewards[s.trajectory.group]) for s in own]
+
+
+def _brief(episode: Episode | None) -> tuple[int, bool] | None:
+    return None if episode is None else (episode.num_turns, episode.error)
 
 
 def informative(scored: list[Scored]) -> list[Scored]:

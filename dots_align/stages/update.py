@@ -63,9 +63,9 @@ class Batch:
 
     @functools.cached_property
     def mask(self) -> torch.Tensor:
-        """[B, T] 1 where a response has a token, T the longest."""
-        lengths = torch.tensor([len(t.response_ids) for t in self.trajectories])
-        return (torch.arange(int(lengths.max()))[None] < lengths[:, None]).float()
+        """[B, T] 1 where a response has a token that the policy sampled, T the longest."""
+        rows = [torch.tensor(t.response_mask or [1] * len(t.response_ids)) for t in self.trajectories]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).float()
 
     def rollout_logprobs(self, index: int) -> torch.Tensor:
         return torch.tensor(self.trajectories[index].rollout_logprobs)
@@ -227,7 +227,7 @@ class PolicyUpdate:
 
     def _loss(self, batch: Batch, members: list[int], first: bool) -> Callable[[ResponseScores], Any]:
         """The loss function of a minibatch, `members` of all processes."""
-        tokens = sum(len(batch.trajectories[i].response_ids) for i in members)
+        tokens = sum(batch.trajectories[i].num_sampled for i in members)
         recipe = self.recipe
         objective = PolicyObjective(
             recipe.algorithm,
@@ -279,7 +279,7 @@ class CriticUpdate:
         steps = []
         for _ in range(self.train.num_epochs):
             for members in split_groups(batch.groups, self.train.num_minibatches):
-                tokens = sum(len(batch.trajectories[i].response_ids) for i in members)
+                tokens = sum(batch.trajectories[i].num_sampled for i in members)
                 objective = ValueObjective(self.section.cliprange_value, tokens)
                 loss = functools.partial(_value_loss, objective, values, returns)
                 steps.append(self.engine.train_batch(batch.trajectories, batch.mine(members), loss))
@@ -340,8 +340,9 @@ class Observed:
             trajectory, fed = self.batch.trajectories[index], scores.places[row][:-1]
             flips = flips_of(differ, gaps[fed])
             theirs = self.batch.rollout_logprobs(index).to(scores.logprobs.device)
-            differences = scores.logprobs[row, : len(theirs)].detach() - theirs
-            affected = flips.affected[len(trajectory.prompt_ids) - 1 :]
+            own = scores.mask[row, : len(theirs)].bool()  # an environment's tokens have no log-probs
+            differences = (scores.logprobs[row, : len(theirs)].detach() - theirs)[own]
+            affected = flips.affected[len(trajectory.prompt_ids) - 1 :][own]
             self.agreement.add(differences.abs(), affected, flips.num_roots, flips.root_gap)
             shifted = recorded.shifted[0][fed] if recorded.shifted else differ
             self.mismatch.add(differences, None if trajectory.routes is None else shifted)

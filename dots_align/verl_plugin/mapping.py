@@ -28,6 +28,8 @@ def refusals(recipe: Any) -> Iterator[str]:
     for key, given in (("rollout.partial", recipe.rollout.partial), ("train.off_policy_steps", train.off_policy_steps)):
         if given:
             yield f"{key}: verl's trainer has its own way to sample ahead, launch.mode=colocate_async; or {embedded}"
+    if recipe.environment is not None:
+        yield f"environment: the turns of an environment are the embedded loop's; {embedded}"
     if recipe.parallel.backend != "fsdp":
         yield f"parallel.backend={recipe.parallel.backend}: only fsdp runs inside verl"
     for section in recipe.on_save:

@@ -108,6 +108,57 @@ def test_grpo_with_a_kl_term_and_several_updates(recipe: Recipe, start: Path, tm
     assert list((tmp_path / "grpo" / "tensorboard").iterdir())
 
 
+def test_grpo_with_a_tool_learns_from_the_models_own_tokens(
+    recipe: Recipe, start: Path, tmp_path: Path, repo_root: Path
+):
+    cli.main(
+        [
+            "grpo",
+            recipe("grpo_calculator"),
+            f"output_dir={tmp_path / 'grpo'}",
+            f"model.path={start}",
+            f"environment.factory={repo_root / 'recipes' / 'tiny' / 'calculator.py'}:Calculator",
+            "environment.arguments={reward: 0.25}",
+            f"rewards.1.function={_odd_reward(tmp_path)}:odd",
+            "data.max_samples=16",
+            "train.max_steps=2",
+            "train.num_prompts_per_step=8",
+            "train.num_minibatches=1",
+            "rollout.group_size=4",
+            "rollout.max_tokens=200",
+            "train.off_policy_steps=1",
+            "rollout_correction.rollout_is=token",
+            "router.replay=R3",
+            "save.save_steps=1",
+        ]
+    )
+    lines = metrics(tmp_path / "grpo")
+    assert all(1 < line["grpo/turns"] <= 2 for line in lines)
+    assert all(line["grpo/environment_errors"] == 0 for line in lines)
+    assert all(line["grpo/mismatch_mean"] < 0.05 and line["grpo/agreement_flips"] >= 0 for line in lines)
+    assert all(line["grpo/grad_norm"] > 0 for line in lines)
+    assert lines[0]["grpo/agreement_median"] < 1e-5
+    assert lines[0]["grpo/reward"] == pytest.approx(
+        sum(lines[0][f"grpo/reward_{name}"] for name in ("boxed_answer", "odd", "environment"))
+    )
+    samples = [json.loads(line) for line in (tmp_path / "grpo" / "samples.jsonl").read_text().splitlines()]
+    talked = [s for s in samples if "<|endofresponse|>" in s["tokens"][:-1]]
+    assert talked
+    for sample in talked:
+        tokens, taught = sample["tokens"], sample["advantages"]
+        asked = tokens.index("<|endofresponse|>") + 1
+        answered = tokens.index("<|response|>", asked)
+        said = re.fullmatch(r"<\|userprompt\|>(.*)<\|endofuserprompt\|>", "".join(tokens[asked:answered]))
+        assert said
+        assert said[1] == "?" or re.fullmatch(r"\d+[+-]\d+=-?\d+", said[1])
+        assert set(sample["logprobs"][asked : answered + 1]) == {0.0}
+        assert 0.0 not in sample["logprobs"][:asked]
+        assert taught == [0.0] or set(taught[asked : answered + 1]) == {0.0} != set(taught)
+    assert any(len(sample["advantages"]) > 1 for sample in talked)
+    kept = (tmp_path / "grpo" / "checkpoint-1" / "rollouts.jsonl").read_text().splitlines()
+    assert any(0 in (json.loads(line).get("response_mask") or []) for line in kept)
+
+
 def test_ppo_trains_a_critic_and_keeps_it_beside_the_policy(recipe: Recipe, start: Path, tmp_path: Path):
     run_dir = tmp_path / "ppo"
     cli.main(

@@ -373,6 +373,10 @@ def test_keys_of_the_recipe_win_over_the_algorithms(write) -> None:
         (["rollout.partial={chunk_tokens: 8, extra_prompts: 4}"], "give rollout_correction.rollout_is=token"),
         ([*PARTIAL, "rollout.partial.extra_prompts=33"], "nobody could keep to max_staleness"),
         ([*PARTIAL, "train.off_policy_steps=1", "rollout.partial.max_staleness=1"], "give at least 2"),
+        ([*PARTIAL, "environment=a:B"], "an environment's state cannot be"),
+        (["environment=a:B", "algorithm.name=remax"], "=remax knows no turns"),
+        (["environment=a:B", "rewards.0.name=environment"], "as the environment's own"),
+        (["environment=a:B", "rollout.backend=vllm", "rollout.vllm.base_url=http://here:1"], "has spoken; use local"),
         ([*PARTIAL, "rollout.backend=vllm", "rollout.vllm.base_url=http://here:1"], "cannot; use local"),
     ],
 )

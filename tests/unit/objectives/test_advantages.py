@@ -181,3 +181,22 @@ def test_groups_without_variance_have_no_advantage(estimator: str) -> None:
     silent = [GROUPS[i] in zero_variance_groups(rewards, GROUPS) for i in range(6)]
     assert silent == [False, True] * 3
     assert (found[1::2].abs().max() == 0) == (estimator in GROUP_RELATIVE)
+
+
+def test_a_reward_goes_to_the_last_token_that_was_sampled() -> None:
+    """Between turns there are tokens of an environment: an advantage passes over them, and they have none."""
+    mask = torch.tensor([[1, 1, 0, 0, 1, 0], [1, 0, 0, 1, 1, 1.0]])
+    algorithm = AlgorithmSection(name="ppo", lam=0.5)
+    values = torch.tensor([[0.1, 0.2, 9.0, 9.0, 0.3, 9.0], [0.1, 9.0, 9.0, 0.2, 0.3, 0.4]])
+    advantages, returns = compute_advantages(torch.tensor([1.0, 0.0]), mask, [0, 1], algorithm, values=values)
+    assert (advantages[mask == 0] == 0).all()
+    for row in (0, 1):  # as if what the policy sampled stood alone
+        own = mask[row].bool()
+        alone = compute_advantages(
+            torch.tensor([1.0, 0.0])[row : row + 1],
+            torch.ones(1, int(own.sum())),
+            [0],
+            algorithm,
+            values=values[row : row + 1, own],
+        )[1]
+        torch.testing.assert_close(returns[row, own], alone[0])
