@@ -67,14 +67,14 @@ from dots_align.types import Message, Prompt, Response
 PHASES = ("rollout", "score", "logprob", "update", "other")
 ROOT = Path(__file__).resolve().parents[1]
 WARMUP_STEPS = 1
-LEARNING_RATE = 2e-4
-SFT_STEPS = {"tiny": 80, "small": 30}  # of 512 tokens
+LEARNING_RATES = {"tiny": 2e-4, "small": 2e-5}
+SFT_STEPS = {"tiny": 80, "small": 20}  # of 512 tokens
 MAX_TOKENS = 48
 TRL_MICRO_BATCH = 64  # sequences; TRL's default of 8 is slower here
 SETTINGS = {"plain": 0.0, "kl": 0.05}
 DTYPES = ("float32", "bfloat16")
 # (prompts, responses to each) of a step: of tiny those of its recipe; of small few, so that all takes minutes.
-SIZES = {"tiny": (32, 8), "small": (4, 16)}
+SIZES = {"tiny": (32, 8), "small": (4, 8)}
 STEPS = {("tiny", "plain"): 8, ("tiny", "kl"): 3, ("small", "plain"): 2, ("small", "kl"): 2}  # after the warm-up
 REWARD = '''
 from dots_align.types import reward_range
@@ -143,6 +143,7 @@ class Task:
     num_prompts: int
     group_size: int
     num_steps: int
+    learning_rate: float
     seed: int
 
     def recipe(self, directory: Path) -> GrpoRecipe:
@@ -158,7 +159,7 @@ class Task:
                 "algorithm": {"name": "grpo", "kl_coef": self.kl_coef},
                 "train": {"max_steps": self.num_steps, "num_prompts_per_step": self.num_prompts}
                 | {"bf16": self.dtype == "bfloat16"},
-                "optim": {"learning_rate": LEARNING_RATE, "lr_scheduler_type": "constant"},
+                "optim": {"learning_rate": self.learning_rate, "lr_scheduler_type": "constant"},
                 "save": {"save_steps": None},
             }
         )
@@ -226,7 +227,7 @@ def trl_arguments(task: Task, directory: Path) -> GRPOConfig:
         loss_type="grpo",
         beta=task.kl_coef,
         use_bias_correction_kl=False,
-        learning_rate=LEARNING_RATE,
+        learning_rate=task.learning_rate,
         lr_scheduler_type="constant",
         adam_beta2=0.95,
         optim="adamw_torch_fused",
@@ -355,7 +356,7 @@ def main() -> None:
                 name = f"{preset} {dtype} {setting}"
                 size = (4, 4) if options.quick else SIZES[preset]
                 steps = WARMUP_STEPS + (options.steps or STEPS[preset, setting])
-                task = Task(start, reward, SETTINGS[setting], dtype, *size, steps, options.seed)
+                task = Task(start, reward, SETTINGS[setting], dtype, *size, steps, LEARNING_RATES[preset], options.seed)
                 ours, trl = compare(task, tokenizer)
                 print_row(name, ours, trl)
                 rows[name] = row_of(ours, trl)

@@ -39,7 +39,7 @@ class Batch:
     """What one rollout brings, and what is known about it before the first update.
 
     `ranks`: of each trajectory the process that trains it; `own`: indices of this process's. `old`, `ref`: log-probs of
-    `own` before the update and of the reference, empty where nobody asks for them. `routes`: to replay, or None.
+    `own` before the update and of the reference, as far as somebody asked for them. `routes`: to replay, or None.
     """
 
     trajectories: list[Trajectory]
@@ -121,11 +121,15 @@ class PolicyUpdate:
         batch = Batch(handed_over(trajectories, ranks), step, ranks)
         if replay == "R3":
             batch.routes = {i: batch.trajectories[i].routes for i in batch.own}
-        # With a single update the policy that trains still is the one that sampled: its own log-probs, and routes,
-        # serve as the old ones.
-        if self.updates_per_step > 1 or algorithm.policy_loss in WHOLE_BATCH or self._kl_in("reward"):
+        # The first minibatch meets the policy that was before the update: log-probs of that forward serve as its old
+        # ones, and where there is no other update its routes need no replay.
+        several = self.updates_per_step > 1
+        of_all = (several and replay == "R2") or algorithm.policy_loss in WHOLE_BATCH or self._kl_in("reward")
+        if several or of_all:
+            known = set() if of_all else set(split_groups(batch.groups, self.recipe.train.num_minibatches)[0])
+            wanted = [i for i in batch.own if i not in known]
             recorded: dict[int, bytes | None] | None = {} if replay == "R2" else None
-            batch.old = self.engine.infer_batch(batch.trajectories, batch.own, routes=batch.routes, record=recorded)
+            batch.old = self.engine.infer_batch(batch.trajectories, wanted, routes=batch.routes, record=recorded)
             batch.routes = batch.routes if recorded is None else recorded
         if self.recipe.algorithm.kl_coef:
             batch.ref = self._reference_logprobs(batch)
@@ -310,12 +314,20 @@ def _loss(
         sampled = _padded({i: batch.rollout_logprobs(i).to(device) for i in scores.members}, scores)
     return objective(
         scores.logprobs,
-        _padded(batch.old, scores) if batch.old else scores.logprobs.detach(),
+        _old(batch, scores),
         batch.advantages[scores.members, :width].to(device),
         scores.mask,
         _padded(ref, scores) if ref else None,
         sampled,
     )
+
+
+def _old(batch: Batch, scores: ResponseScores) -> torch.Tensor:
+    """[b, T] log-probs before the first update; of trajectories nobody has asked about yet those at hand, for good."""
+    for row, index in enumerate(scores.members):
+        size = len(batch.trajectories[index].response_ids)
+        batch.old.setdefault(index, scores.logprobs[row, :size].detach())
+    return _padded(batch.old, scores)
 
 
 def _linear_loss(

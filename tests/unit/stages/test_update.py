@@ -57,6 +57,30 @@ def test_micro_batches_change_no_preset(model: Dots1ForCausalLM, sampled: list[T
     assert found == pytest.approx(wanted, rel=2e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("replay", ["none", "R3"])
+def test_the_first_minibatch_needs_no_log_probs_beforehand(
+    model: Dots1ForCausalLM, sampled: list[Trajectory], replay: str
+) -> None:
+    """Its own first forward gives them, for its later epochs too."""
+    recipe = rl_recipe(train=SEVERAL, router={"replay": replay})
+    update, other = (make_update(copy.deepcopy(model), recipe) for _ in range(2))
+    asked, infer_batch = [], update.engine.infer_batch
+
+    def watched(trajectories: list[Trajectory], members: list[int], *args: Any, **keys: Any) -> Any:
+        asked.extend(members)
+        return infer_batch(trajectories, members, *args, **keys)
+
+    update.engine.infer_batch = watched  # pyright: ignore[reportAttributeAccessIssue]
+    update(sampled, 0)
+    assert asked == list(range(8, 16))
+    batch = other._prepare(sampled, 0)
+    batch.old = other.engine.infer_batch(sampled, range(16), routes=batch.routes)
+    other._advantages(batch, None)
+    other._optimize(batch)
+    assert largest_difference(update.engine.model, model) > 1e-4
+    assert largest_difference(update.engine.model, other.engine.model) < 2e-6
+
+
 def test_kl_in_the_reward_is_measured_and_steered(model: Dots1ForCausalLM, sampled: list[Trajectory]) -> None:
     reference = copy.deepcopy(model)
     with torch.no_grad():
