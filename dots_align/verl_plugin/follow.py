@@ -29,6 +29,8 @@ NAMES = {
     "critic/lr": "critic_learning_rate",
     "critic/vf_explained_var": "value_explained",
     "timing_s/gen": "rollout_seconds",
+    "critic/score/mean": "reward",
+    "response_length/mean": "response_length",
 }
 
 
@@ -74,7 +76,9 @@ class Follower:
         return [json.loads(line) for line in whole.splitlines()]
 
     def _pass_on(self, step: int, values: dict[str, Any]) -> None:
-        stage, scored = self.recipe.stage, self.scored.pop(step, [])
+        stage = self.recipe.stage
+        due = sorted(asked for asked in self.scored if asked <= step)  # samples count steps by when they were asked for
+        scored = [line for asked in due for line in self.scored.pop(asked)]
         found = {f"{stage}/{NAMES[name]}": value for name, value in values.items() if name in NAMES}
         found |= {f"{stage}/{name}": value for name, value in _of_samples(scored).items()}
         found |= {f"verl/{name}": value for name, value in values.items() if name not in NAMES}

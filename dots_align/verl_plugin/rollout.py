@@ -36,12 +36,11 @@ class Desk:
     def __init__(self, engine: RolloutEngine) -> None:
         self.engine = engine
         self.tickets: dict[int, int] = {}
+        self.global_steps = 0  # that verl's trainer has made to the weights
 
-    def advance(self, requests: dict[int, GenerationRequest], max_steps: int) -> tuple[Ended, bool]:
-        """Takes requests in, by ticket, and makes up to `max_steps` forwards; all processes call it together.
-
-        Returns:
-            what ended here, and whether any process has work left.
+    def advance(self, requests: dict[int, GenerationRequest], max_steps: int) -> Ended:
+        """Takes requests in, by ticket, and makes up to `max_steps` forwards; all processes call it together. Returns
+        what ended here.
         """
         ended: Ended = []
         for ticket, request in requests.items():
@@ -60,7 +59,7 @@ class Desk:
             busy = self.engine.anyone_has_work()
         if not busy:
             self.rest()
-        return ended, busy
+        return ended
 
     def abort(self) -> Ended:
         """What is in work, as it stands."""
@@ -95,12 +94,16 @@ class WorkerRollout(BaseRollout):
     async def release(self) -> None:
         """Nothing to do: the cache's memory is given back when the last sample has ended."""
 
-    async def update_weights(self, weights: Any, wire_format: str = "named_tensors", **_: Any) -> None:
-        """Nothing to do: the weights are the trainer's own, also those under adapters."""
+    async def update_weights(
+        self, weights: Any, wire_format: str = "named_tensors", global_steps: int | None = None, **_: Any
+    ) -> None:
+        """The weights are the trainer's own, also those under adapters; what they are called is all that is new."""
+        _here[-1].global_steps = global_steps or 0
 
 
-def _advance(_: Any, requests: dict[int, GenerationRequest], max_steps: int) -> tuple[Ended, bool]:
-    return _here[-1].advance(requests, max_steps)
+def _advance(_: Any, requests: dict[int, GenerationRequest], max_steps: int) -> tuple[Ended, int]:
+    desk = _here[-1]
+    return desk.advance(requests, max_steps), desk.global_steps
 
 
 def _abort(_: Any) -> Ended:
@@ -212,7 +215,7 @@ class RolloutServer:
             worker.__ray_call__.remote(_advance, asked, STEPS_AT_A_TIME)
             for worker, asked in zip(self.workers, requests, strict=True)
         ]
-        for ended, _ in await asyncio.gather(*calls):
+        for ended, self.global_steps in await asyncio.gather(*calls):
             self._deliver(ended)
 
     def _deliver(self, ended: Ended) -> None:
@@ -245,9 +248,6 @@ class RolloutServer:
         self.running, self.ready = {}, []
 
     # ----------------------------------------------------------------------------------------- what verl's replicas ask
-
-    async def set_global_steps(self, global_steps: int) -> None:
-        self.global_steps = global_steps
 
     async def abort_all_requests(self, reject_request: bool = False) -> None:
         """Ends what runs as it stands; what comes from now on waits for `resume_generation`."""

@@ -7,13 +7,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import psutil
 import pytest
@@ -33,6 +33,7 @@ pytestmark = [
     ),
 ]
 
+MARK = "DOTS_ALIGN_TEST_RUN"
 REWARD = "def share_of_digits(response):\n    return sum(c.isdigit() for c in response.text) / 12\n"
 KEYS = (
     "train.num_prompts_per_step=4",
@@ -57,11 +58,12 @@ def reward(tmp_path: Path) -> str:
 
 @pytest.fixture
 def under_verl(repo_root: Path) -> Iterator[Any]:
-    """Runs a recipe with launch.backend=verl in a session of its own, of which nothing is left afterwards."""
-    started: list[subprocess.Popen[str]] = []
+    """Runs a recipe with launch.backend=verl; nothing of it may be left afterwards."""
+    mark = uuid4().hex
 
     def run(run_dir: Path, *arguments: str) -> str:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(repo_root), os.environ.get("PYTHONPATH", "")])}
+        path = os.pathsep.join([str(repo_root), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, MARK: mark}
         child = subprocess.Popen(
             [sys.executable, "-m", "dots_align", *arguments, f"output_dir={run_dir}"],
             cwd=repo_root,
@@ -69,36 +71,28 @@ def under_verl(repo_root: Path) -> Iterator[Any]:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,
         )
-        started.append(child)
         said, _ = child.communicate(timeout=400)
         log = run_dir / "verl" / "log.txt"
         assert child.returncode == 0, f"{said}\n{log.read_text()[-8000:] if log.is_file() else ''}"
+        _, alive = psutil.wait_procs(started_with(mark), timeout=60)
+        assert not alive, f"left running: {[process.cmdline() for process in alive]}"
         return said
 
     yield run
-    for child in started:
-        _end_session(child.pid)
+    for process in started_with(mark):
+        process.kill()
 
 
-def _end_session(leader: int) -> None:
-    """Ends the processes of a session that are still there; Ray's own have sessions of theirs, and end with it."""
+def started_with(mark: str) -> list[psutil.Process]:
+    """The processes that have inherited an environment with `mark` in it; Ray's leave their parent's session."""
+    found = []
     for process in psutil.process_iter():
         try:
-            if os.getsid(process.pid) == leader:
-                process.send_signal(signal.SIGKILL)
-        except (ProcessLookupError, psutil.NoSuchProcess):
+            if process.status() != psutil.STATUS_ZOMBIE and process.environ().get(MARK) == mark:
+                found.append(process)
+        except psutil.Error:
             continue
-
-
-def rays_processes() -> set[int]:
-    """What this user has running of Ray."""
-    found = set()
-    for process in psutil.process_iter(["name", "cmdline"]):
-        words = " ".join(process.info["cmdline"] or [])
-        if "raylet" in words or "gcs_server" in words or words.startswith("ray::"):
-            found.add(process.pid)
     return found
 
 
@@ -132,10 +126,9 @@ def test_verl_without_the_plugin_says_so(repo_root: Path) -> None:
 def test_grpo_over_ray_learns_what_the_embedded_loop_does(
     under_verl: Any, start: Path, reward: str, tmp_path: Path, repo_root: Path
 ) -> None:
-    before, keys = rays_processes(), (*KEYS, reward, f"model.path={start}", "train.max_steps=2")
+    keys = (*KEYS, reward, f"model.path={start}", "train.max_steps=2")
     said = under_verl(tmp_path / "verl", "grpo", str(repo_root / "recipes" / "verl" / "tiny_cpu_1x2.yaml"), *keys)
     assert str(tmp_path / "verl" / "verl" / "config.yaml") in said
-    assert rays_processes() <= before
     plain = ("launch.backend=embedded", "parallel.ep=1", f"output_dir={tmp_path / 'embedded'}")
     cli.main(["grpo", str(repo_root / "recipes" / "verl" / "tiny_cpu_1x2.yaml"), *keys, *plain])
 
@@ -146,6 +139,7 @@ def test_grpo_over_ray_learns_what_the_embedded_loop_does(
         assert found == pytest.approx(wanted, rel=1e-3, abs=1e-6), name
     assert ours[0]["grpo/grad_norm"] > 0.01
     assert theirs[0]["verl/training/rollout_probs_diff_max"] < 1e-4
+    assert all(m["verl/training/off_policy/trajectory_staleness_worst/max"] == 0 for m in theirs)
     for step in (1, 2):
         assert texts_of(tmp_path / "verl", step) == texts_of(tmp_path / "embedded", step)
 

@@ -69,6 +69,15 @@ async def one(server: Any, number: int, sample: int) -> tuple[list[int], list[fl
     raise AssertionError("never ended")
 
 
+def test_samples_tell_the_step_of_their_weights(server: Any) -> None:
+    async def first() -> Any:
+        running = server()
+        rollout._here[-1].global_steps = 7
+        return await asyncio.gather(*(running.generate(**asked(PROMPTS[0], 0, i, [])) for i in range(NUM_SAMPLES)))
+
+    assert [found.extra_fields["global_steps"] for found in asyncio.run(first())] == [7] * NUM_SAMPLES
+
+
 async def everything(server: Any, aborts: int) -> list[tuple[list[int], list[float], int]]:
     tasks = [asyncio.create_task(one(server, n, i)) for n in range(2) for i in range(NUM_SAMPLES)]
     for _ in range(aborts):
