@@ -17,7 +17,7 @@ from dots_align.config import ModelSection
 from dots_align.export.gguf import write_gguf
 from dots_align.export.hf import export_hf
 from dots_align.model.lora import adapter_base
-from dots_align.parity.compare import Comparison, compare
+from dots_align.parity.compare import Comparison, aligned, compare
 from dots_align.parity.definition import observe
 from dots_align.parity.diagnosis import Diagnosis, Mistake, aspects
 from dots_align.parity.endpoint import Endpoint
@@ -164,9 +164,11 @@ def compare_all(
     rows = []
     for engine in (*engines, *outside):
         engine, found, skipped, failed = engine if isinstance(engine, tuple) else _observed(engine, asked)
-        row = (
-            Comparison(engine.name, skipped=skipped) if found is None else compare(engine.name, asked, reference, found)
-        )
+        if found is None:
+            row = Comparison(engine.name, skipped=skipped)
+        else:
+            found = aligned(asked, reference, found)
+            row = compare(engine.name, asked, reference, found)
         if failed:
             row.problems.append(failed)
             row.causes.append("cannot run")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ class Comparison:
     and `median_difference` over all; of logits, or of log-probs where `unit` says so. `median_logprob_difference` is of
     the given tokens. `num_changed` of `num_choices` choices (a token in a layer) fell on other experts; of those that
     no other explains, `num_ties` were near-ties and `num_other` were not. `problems` are what is wrong, `causes` the
-    names of the mistakes that explain it.
+    names of the mistakes that explain it. `late` as in `Observation`.
     """
 
     name: str
@@ -57,6 +57,7 @@ class Comparison:
     template_equal: bool | None = None
     stop_ids: list[int] | None = None
     stopped: bool | None = None
+    late: bool = False
     skipped: str | None = None
     logits_differ: bool = False
     problems: list[str] = field(default_factory=list)
@@ -68,7 +69,7 @@ class Comparison:
 
 def compare(name: str, asked: Asked, reference: Observation, found: Observation) -> Comparison:
     """Everything but the cause."""
-    row = Comparison(name, found.precision, unit="logit" if found.logits is not None else "log-prob")
+    row = Comparison(name, found.precision, unit="logit" if found.logits is not None else "log-prob", late=found.late)
     clean = _clean_tokens(row, reference, found)
     _compare_numbers(row, asked, reference, found, clean)
     _compare_text(row, asked, found)
@@ -84,8 +85,19 @@ def differences(asked: Asked, reference: Observation, found: Observation) -> lis
         pairs = zip(reference.logits, found.logits, strict=True)
         return [(ours - theirs[:, : ours.shape[1]]).abs().amax(-1) for ours, theirs in pairs]
     assert found.logprobs is not None
-    ours = (logprobs_of(logits, q.token_ids) for logits, q in zip(reference.logits, asked.questions, strict=True))
+    pairs = zip(reference.logits, asked.questions, strict=True)
+    ours = (logprobs_of(logits, question.token_ids, found.late) for logits, question in pairs)
     return [(a - b).abs() for a, b in zip(ours, found.logprobs, strict=True)]
+
+
+def aligned(asked: Asked, reference: Observation, found: Observation) -> Observation:
+    """What a server says, with `late` set where that is what its log-probs are nearer to: llama-cpp-python 0.3.36 tells
+    a prompt's so. They prove as much that way.
+    """
+    if found.logits is not None or found.logprobs is None:
+        return found
+    late = replace(found, late=True)
+    return late if distance(asked, reference, late) < distance(asked, reference, found) / 2 else found
 
 
 def distance(asked: Asked, reference: Observation, found: Observation) -> float:

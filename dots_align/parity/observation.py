@@ -44,7 +44,8 @@ class Observation:
     logits); `routes` [T, MoE layers, k] uint8, the chosen experts; `gaps` [T, MoE layers] fp32, the distance in score
     between the last chosen expert and the next; `rendered`, its own reading of the question, or only the length of
     that, `num_rendered`; `stop_ids`, where it ends a turn; `stopped`, whether it did when the end of the turn was the
-    likeliest token by far. `precision` is EXACT, or the format whose rounding explains differences.
+    likeliest token by far. `precision` is EXACT, or the format whose rounding explains differences. `late`: the
+    log-probs are those of each token at its own position, not at the one before it.
     """
 
     logits: list[torch.Tensor] | None = None
@@ -56,6 +57,7 @@ class Observation:
     stop_ids: frozenset[int] | None = None
     stopped: bool | None = None
     precision: str = EXACT
+    late: bool = False
 
 
 class Engine(Protocol):
@@ -72,7 +74,8 @@ class Engine(Protocol):
         ...
 
 
-def logprobs_of(logits: torch.Tensor, token_ids: Sequence[int]) -> torch.Tensor:
-    """[T, V] -> [T - 1], of every token but the first."""
-    following = torch.tensor(token_ids[1:], device=logits.device)[:, None]
-    return logits[: len(following)].float().log_softmax(-1).gather(-1, following)[:, 0]
+def logprobs_of(logits: torch.Tensor, token_ids: Sequence[int], late: bool = False) -> torch.Tensor:
+    """[T, V] -> [T - 1], of every token but the first; `late` as in `Observation`."""
+    given = torch.tensor(token_ids[1:], device=logits.device)[:, None]
+    rows = logits[1:] if late else logits[:-1]
+    return rows.float().log_softmax(-1).gather(-1, given)[:, 0]

@@ -70,6 +70,8 @@ def _experts(row: Comparison) -> str:
 
 def _remarks(found: Parity) -> list[str]:
     lines = [f"{row.name}: {problem}" for row in found.rows for problem in row.problems]
+    late = "its log-probs of prompts are told one position late, and were compared so; do not use them otherwise"
+    lines += [f"{row.name}: {late}" for row in found.rows if row.late]
     hidden = [name for name, moved in found.sensitivity.items() if moved < 10 * TOLERANCE]
     if hidden:
         lines.append(

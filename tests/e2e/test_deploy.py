@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dots_align.checkpoint import save_model
@@ -24,6 +25,9 @@ from dots_align.data.tokenizer import train_tokenizer
 from dots_align.export.gguf import write_gguf
 from dots_align.export.hf import export_hf
 from dots_align.model.dots1 import create_model, preset_config
+from dots_align.parity.check import compare_all
+from dots_align.parity.endpoint import Endpoint
+from dots_align.parity.questions import asked, fixed_questions
 
 PATIENCE_SECONDS = 120
 MAX_TOKENS = 12
@@ -103,16 +107,26 @@ def test_transformers_serve_answers_like_generate(repo_root: Path, exported: Pat
 
 
 @pytest.mark.slow
-def test_llama_cpp_server_answers_like_generate(repo_root: Path, exported: Path, expected: str, tmp_path: Path) -> None:
+def test_llama_cpp_server_answers_like_generate_and_has_parity(
+    repo_root: Path, exported: Path, expected: str, tmp_path: Path
+) -> None:
     needs("llama_cpp", "openai", "fastapi", "uvicorn", "sse_starlette", "starlette_context", "pydantic_settings")
     if shutil.which("llama-server"):
         pytest.skip("llama-server is on the path, whose version nobody here knows")
     gguf = write_gguf(exported, tmp_path / "model-F32.gguf", "F32")
+    tokenizer = AutoTokenizer.from_pretrained(exported)
+    questions = asked(fixed_questions(tokenizer, 512)[1:7:2], tokenizer)
     with serving(repo_root / "recipes" / "deploy" / "llama_cpp_server.sh", gguf) as url:
         said, ours = answer(url, repeat_penalty=1.0), expected.replace("\ufffd", "")
+        endpoint = Endpoint(url, tokenizer, precision="BF16")  # its keys and values are in float16
+        model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+        found = compare_all("export", model, questions, [endpoint])
     # It leaves out bytes that are no characters, and may stop before or behind half a one.
     assert min(len(said), len(ours)) >= 4
     assert said.startswith(ours) or ours.startswith(said)
+    assert found.ok, found.rows[0].problems
+    assert found.rows[0].num_tokens > 80
+    assert found.rows[0].stopped
 
 
 def test_every_script_wants_a_model(repo_root: Path) -> None:

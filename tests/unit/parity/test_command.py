@@ -119,6 +119,7 @@ class Completions(BaseHTTPRequestHandler):
     tokenizer: Any
     takes_ids = True
     bos: tuple[int, ...] = ()
+    late = False
 
     def do_GET(self) -> None:
         self.reply({"data": [{"id": "dots"}]})
@@ -138,7 +139,7 @@ class Completions(BaseHTTPRequestHandler):
             logits = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
         choice = {"finish_reason": "stop" if "logit_bias" in body else "length"}
         if body.get("echo"):
-            choice["logprobs"] = {"token_logprobs": [None, *logprobs_of(logits, ids).tolist(), -1.0]}
+            choice["logprobs"] = {"token_logprobs": [None, *logprobs_of(logits, ids, self.late).tolist(), -1.0]}
         self.reply({"choices": [choice], "usage": {"prompt_tokens": len(ids)}})
 
     def reply(self, content: Any, status: int = 200) -> None:
@@ -166,23 +167,27 @@ def ask(loaded_model: Any, tokenizer: Any, url: str) -> Parity:
     return compare_all("here", copy.deepcopy(loaded_model), short(tokenizer), [engine])
 
 
-@pytest.mark.parametrize("takes_ids", [True, False])
+@pytest.mark.parametrize(("takes_ids", "late"), [(True, False), (False, False), (True, True)])
 def test_a_right_server_has_parity(
-    loaded_model: Any, tokenizer: Any, server: tuple[type[Completions], str], takes_ids: bool
+    loaded_model: Any, tokenizer: Any, server: tuple[type[Completions], str], takes_ids: bool, late: bool
 ) -> None:
     handler, url = server
-    handler.takes_ids = takes_ids
+    handler.takes_ids, handler.late = takes_ids, late
     found = ask(loaded_model, tokenizer, url)
     assert found.ok, found.rows[0].problems
     assert found.rows[0].unit == "log-prob"
     assert found.rows[0].num_tokens >= 40
     assert found.rows[0].template_equal
+    assert found.rows[0].late == late
+    assert ("one position late" in as_text(found)) == late
 
 
+@pytest.mark.parametrize("late", [False, True])
 def test_the_mistake_of_a_server_is_named(
-    loaded_model: Any, tokenizer: Any, server: tuple[type[Completions], str]
+    loaded_model: Any, tokenizer: Any, server: tuple[type[Completions], str], late: bool
 ) -> None:
     handler, url = server
+    handler.late = late
     for _, block in enumerate(handler.model.model.layers[1:]):
         block.mlp.routed_scaling_factor = 6.25
     assert ask(loaded_model, tokenizer, url).verdict.endswith(": double scaling")
