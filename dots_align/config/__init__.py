@@ -18,16 +18,26 @@ from dots_align.config.hooks import HookSection
 from dots_align.config.loading import apply_override, explain, load_recipe, recipe_dict, recipe_differences
 from dots_align.config.recipes import (
     RECIPES,
+    DpoLoss,
+    DpoRecipe,
+    EvalRecipe,
+    GrpoRecipe,
+    PipelineRecipe,
+    PpoRecipe,
+    Recipe,
+    ReleaseRecipe,
+    RewardModelRecipe,
+    RftRecipe,
+    SftRecipe,
+)
+from dots_align.config.section import Section
+from dots_align.config.sections import (
     ConversationTrainSection,
     CriticSection,
     DataSection,
-    DpoLoss,
-    DpoRecipe,
     EnvironmentSection,
-    EvalRecipe,
     EvaluationSection,
     GateSection,
-    GrpoRecipe,
     LaunchSection,
     LoggingSection,
     LoraSection,
@@ -37,13 +47,7 @@ from dots_align.config.recipes import (
     PairEvaluationSection,
     ParallelSection,
     PartialRolloutSection,
-    PipelineRecipe,
-    PpoRecipe,
-    Recipe,
-    ReleaseRecipe,
-    RewardModelRecipe,
     RewardSection,
-    RftRecipe,
     RlRouterSection,
     RlTrainSection,
     RolloutSection,
@@ -51,13 +55,11 @@ from dots_align.config.recipes import (
     SaveSection,
     ScoringSection,
     SelectionSection,
-    SftRecipe,
     SuiteSection,
     TrainSection,
     VllmSection,
     reward_names,
 )
-from dots_align.config.section import Section
 
 __all__ = [
     "PRESETS",
