@@ -61,7 +61,7 @@ class _OneByOne(torch.autograd.Function):
             # a e^s + b e^t over e^s + e^t: a moves towards b by t's share, a sigmoid
             attended[:, :, rows].lerp_(of_prefix, torch.sigmoid(its_sum - log_sum).unsqueeze(-1))
             log_sum.copy_(torch.logaddexp(log_sum, its_sum))
-        output = _tokens(attended).to(value.dtype)
+        output = _tokens(attended).to(value.dtype).contiguous()  # as what comes next keeps it, so that it is there once
         ctx.save_for_backward(query, key, value, output, log_sums)
         ctx.plan = lengths, blocks, scaling
         return output
