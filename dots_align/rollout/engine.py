@@ -53,6 +53,8 @@ class EngineStats:
     num_forwards: int = 0
     num_prompt_tokens: int = 0
     """Fed to a forward of several tokens a chain: prompts, and what had to be read again."""
+    num_reused_tokens: int = 0
+    """At the beginning of prompts, read already for another prompt."""
     num_sampled_tokens: int = 0
     num_preempted: int = 0
     peak_cache_bytes: int = 0
@@ -250,6 +252,7 @@ class RolloutEngine:
             computed = time.perf_counter()
             ended += self._sample(forward, step, logits)
             self.stats.num_preempted = self.scheduler.num_preempted
+            self.stats.num_reused_tokens = self.scheduler.prefix_cache.num_reused
             self.stats.schedule_seconds += planned - started
             self.stats.forward_seconds += computed - planned
             self.stats.sample_seconds += time.perf_counter() - computed

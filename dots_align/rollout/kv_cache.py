@@ -43,6 +43,7 @@ class BlockPool:
         self.values = [_zeros(shape, dtype, device) for _ in range(num_layers)]
         self._free = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)  # a stack: the last entry goes first
         self._num_free = num_blocks
+        self._holders = np.zeros(num_blocks, np.int32)
         self.peak_blocks = 0
 
     @property
@@ -58,11 +59,22 @@ class BlockPool:
         assert count <= self._num_free, f"{count} blocks asked of {self._num_free}"
         self._num_free -= count
         self.peak_blocks = max(self.peak_blocks, self.num_blocks - self._num_free)
-        return self._free[self._num_free : self._num_free + count].copy()
+        taken = self._free[self._num_free : self._num_free + count].copy()
+        self._holders[taken] = 1
+        return taken
 
-    def give_back(self, blocks: np.ndarray) -> None:
-        self._free[self._num_free : self._num_free + len(blocks)] = blocks
-        self._num_free += len(blocks)
+    def share(self, blocks: np.ndarray) -> None:
+        """One more holder for blocks that are held."""
+        assert (self._holders[blocks] > 0).all()
+        self._holders[blocks] += 1
+
+    def give_back(self, blocks: np.ndarray) -> np.ndarray:
+        """One holder less for each; returns those that nobody holds any more."""
+        self._holders[blocks] -= 1
+        free = blocks[self._holders[blocks] == 0]
+        self._free[self._num_free : self._num_free + len(free)] = free
+        self._num_free += len(free)
+        return free
 
     def grow(self, num_blocks: int) -> None:
         """More blocks; those there keep their ids and content. One layer's copy at a time."""
@@ -74,6 +86,7 @@ class BlockPool:
         free = np.concatenate([new, self._free[: self._num_free]])
         self._free = np.zeros(num_blocks, np.int32)
         self._free[: len(free)] = free
+        self._holders = np.concatenate([self._holders, np.zeros(num_blocks - self.num_blocks, np.int32)])
         self._num_free, self.num_blocks = len(free), num_blocks
 
     def erase(self, blocks: np.ndarray) -> None:

@@ -1,9 +1,10 @@
 """Who runs next: samples wait in line, take rows as these become free, give way when memory runs out, and leave.
 
 Memory is counted in blocks. A prompt's blocks are taken when the first of its samples gets a row and shared by all of
-them; a sample takes blocks as it grows. If none are left, the sample that came last is put back to the head of the
-line, and when it gets a row again its tokens are read once more. The sample that came first is never put back for
-another, so that whatever fits alone gets done.
+them; where another prompt that is in the cache begins alike, they are given back for those that hold its beginning.
+A sample takes blocks as it grows. If none are left, the sample that came last is put back to the head of the line, and
+when it gets a row again its tokens are read once more. The sample that came first is never put back for another, so
+that whatever fits alone gets done.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 
 from dots_align.rollout.kv_cache import BlockPool
 from dots_align.rollout.plan import ForwardPlan
+from dots_align.rollout.prefix_cache import Key, PrefixCache
 from dots_align.rollout.sequences import Progress, Rows
 from dots_align.types import GenerationRequest, Sample
 
@@ -38,6 +40,8 @@ class Prefix:
     tokens: np.ndarray
     blocks: np.ndarray
     computed: int = 0
+    reused: int = 0
+    """Tokens at its beginning that were read for another prompt."""
     rows: int = 0
     """Running samples that hang on it; with none it stays only as long as nobody needs its memory."""
     logits: torch.Tensor | None = None
@@ -87,6 +91,7 @@ class Scheduler:
         self.prefix_tables = np.zeros((num_rows, 1), np.int32)
         self.prefix_lengths = np.zeros(num_rows, np.int32)
         self.prefix_ready = np.zeros(num_rows, np.bool_)
+        self.prefix_cache = PrefixCache(block_size)
         self.num_admitted = self.num_preempted = 0
 
     # ------------------------------------------------------------------------------------------------ in and out
@@ -226,11 +231,34 @@ class Scheduler:
             wider = np.zeros((len(self.prefixes), len(blocks)), np.int32)
             wider[:, : self.prefix_tables.shape[1]] = self.prefix_tables
             self.prefix_tables = wider
-        self.prefix_tables[slot] = blocks[0]
-        self.prefix_tables[slot, : len(blocks)] = blocks
+        self._enter_blocks(slot, blocks)
         self.prefix_lengths[slot], self.prefix_ready[slot] = len(tokens), False
         self.slot_of[number] = slot
         return slot
+
+    def _enter_blocks(self, slot: int, blocks: np.ndarray) -> None:
+        """A prompt's blocks, for plans. Entries behind its last one name its first, as in `Rows.add_blocks`."""
+        self.prefix_tables[slot] = blocks[0]
+        self.prefix_tables[slot, : len(blocks)] = blocks
+
+    def _reuse(self, slot: int, prefix: Prefix) -> None:
+        """Lets a prompt that has nothing of its own in the cache yet begin with what was read for others."""
+        if prefix.computed > prefix.reused:
+            return
+        found = self.prefix_cache.find(prefix.tokens, prefix.routes is not None)
+        had = prefix.reused // self.block_size
+        if len(found) <= had:
+            return
+        assert self.pool is not None
+        blocks = np.array(found, np.int32)
+        self.pool.share(blocks[had:])
+        self._release(prefix.blocks[had : len(found)], erase=False)
+        prefix.blocks = np.concatenate([blocks, prefix.blocks[len(found) :]])
+        self.prefix_cache.num_reused += (len(found) - had) * self.block_size
+        prefix.computed = prefix.reused = len(found) * self.block_size
+        if prefix.routes is not None:
+            prefix.routes[: prefix.reused] = self.prefix_cache.routes(found)
+        self._enter_blocks(slot, prefix.blocks)
 
     # ------------------------------------------------------------------------------------------------------- memory
 
@@ -257,9 +285,10 @@ class Scheduler:
 
     def _release(self, blocks: np.ndarray, erase: bool) -> None:
         assert self.pool is not None
-        if erase and len(blocks):
-            self.pool.erase(blocks)
-        self.pool.give_back(blocks)
+        free = self.pool.give_back(blocks)
+        self.prefix_cache.forget(free)
+        if erase and len(free):
+            self.pool.erase(free)
 
     def _vacate(self, row: int, erase: bool = False) -> Progress:
         """Takes a sequence out of its row and frees its blocks, and its prompt's if nobody will need them."""
@@ -311,16 +340,30 @@ class Scheduler:
                 count = min(int(behind[row]), room)
                 room -= count
                 chosen, counts = np.append(chosen, row), np.append(counts, count)
-        prompts = []
-        for slot, prefix in enumerate(self.prefixes):
-            if prefix is not None and not prefix.ready and prefix.rows and room > 0:
-                count = min(len(prefix.tokens) - prefix.computed, room)
-                room -= count
-                prompts.append((slot, count))
+        prompts = self._prompts_to_read(room)
         if not prompts and not len(chosen):
             return None
         order = np.argsort(rows.prefix[chosen], kind="stable")
         return self._step(prompts, chosen[order], counts[order])
+
+    def _prompts_to_read(self, room: int) -> list[tuple[int, int]]:
+        """(prefix slot, tokens) to read next, `room` in all. What goes on as another one does waits until that has been
+        read.
+        """
+        prompts, being_read = [], set[Key]()
+        for slot, prefix in enumerate(self.prefixes):
+            if prefix is None or prefix.ready or not prefix.rows or room <= 0:
+                continue
+            self._reuse(slot, prefix)
+            next_key = self.prefix_cache.next_key(prefix.tokens, prefix.blocks, prefix.computed)
+            if next_key in being_read and prefix.computed == prefix.reused:
+                continue
+            count = min(len(prefix.tokens) - prefix.computed, room)
+            room -= count
+            prompts.append((slot, count))
+            if next_key is not None and count >= self.block_size:
+                being_read.add(next_key)
+        return prompts
 
     def _step(self, prompts: list[tuple[int, int]], chosen: np.ndarray, counts: np.ndarray) -> Step:
         rows = self.rows
@@ -380,6 +423,7 @@ class Scheduler:
             assert prefix is not None
             if prefix.routes is not None and routes is not None:
                 prefix.routes[prefix.computed : prefix.computed + count] = routes[at : at + count]
+            self.prefix_cache.add(prefix.tokens, prefix.blocks, prefix.computed, prefix.computed + count, prefix.routes)
             prefix.computed += count
             at += count
         for number, slot in enumerate(step.ends_prompts):

@@ -215,8 +215,8 @@ def _rollout(case: Rollout) -> int:
     """Measured bytes at the worst moment of a rollout."""
     model = _model(case.config, case.parallel, "bfloat16", True, None, sharded=True)
     sampling = SamplingParams(max_tokens=case.max_tokens)
-    prompt = [1 + i for i in range(case.prompt_tokens)]
-    requests = [GenerationRequest(prompt, case.group_size, sampling) for _ in range(case.groups)]
+    prompts = [[1 + group + i for i in range(case.prompt_tokens)] for group in range(case.groups)]  # nothing alike
+    requests = [GenerationRequest(prompt, case.group_size, sampling) for prompt in prompts]
     live, peaks = LiveStorages(), {}
     with _watching(live), live.phase("rollout", peaks):
         for parameter in model.parameters():

@@ -21,6 +21,7 @@ from dots_align.types import GenerationRequest, Sample, SamplingParams
 pytestmark = pytest.mark.usefixtures("forward")
 
 STOP = tuple(range(60))
+BEGINNING = np.random.default_rng(100).integers(0, 500, 30).tolist()
 
 
 def sampling(seed: int, max_tokens: int) -> SamplingParams:
@@ -36,7 +37,8 @@ def workloads(draw: st.DrawFn) -> list[GenerationRequest]:
     requests = []
     for index in range(draw(st.integers(1, 5))):
         length = draw(st.integers(1, 40))
-        prompt = np.random.default_rng(draw(st.integers(0, 99))).integers(0, 500, length).tolist()
+        prompt = BEGINNING[: draw(st.integers(0, 30))]
+        prompt += np.random.default_rng(draw(st.integers(0, 99))).integers(0, 500, length).tolist()
         requests.append(GenerationRequest(prompt, draw(st.integers(1, 4)), sampling(index, draw(st.integers(1, 24)))))
     return requests
 
@@ -131,6 +133,7 @@ def test_the_native_forward_gives_the_same_bits_whatever_happens(
     keep_router_in_fp32(model)
     model.to(dtype)
     prompts = token_ids(20, 9, 33, 1)
+    prompts.append([*prompts[2][:22], *prompts[1]])
     requests = [GenerationRequest(p, 5, SamplingParams(max_tokens=30, seed=i)) for i, p in enumerate(prompts)]
     wanted = RolloutEngine(model).generate(requests, return_routes=True)
     alone = [RolloutEngine(model, 1).generate([r], return_routes=True)[0] for r in requests]
@@ -159,6 +162,62 @@ def test_a_group_shares_its_prompts_memory(model: Dots1ForCausalLM, token_ids) -
     engine = RolloutEngine(model, cache_block_size=16)
     engine.generate([GenerationRequest(token_ids(128)[0], 16, SamplingParams(max_tokens=17))])
     assert engine.stats.peak_cache_bytes == bytes_for(engine, 128 // 16 + 16)
+
+
+def test_prompts_that_begin_alike_share_what_is_alike(model: Dots1ForCausalLM, token_ids) -> None:
+    """The examples that precede each question of an evaluation are read once, and are there once."""
+    examples, *questions = token_ids(100, 5, 12, 20, 1)
+    requests = [GenerationRequest(examples + q, 2, sampling(i, 10)) for i, q in enumerate(questions)]
+    wanted = [RolloutEngine(model).generate([r], return_routes=True)[0] for r in requests]
+    engine = RolloutEngine(model, cache_block_size=16)
+    assert_same(model, requests, engine.generate(requests, return_routes=True), wanted)
+    shared = 100 // 16 * 16
+    assert engine.stats.num_reused_tokens == 3 * shared
+    assert engine.stats.num_prompt_tokens == 100 + 3 * (100 - shared) + 5 + 12 + 20 + 1
+    for request in requests:
+        engine.submit(request)
+    engine.step()
+    engine.step()
+    pool = engine.scheduler.pool
+    assert pool is not None
+    # What is alike, the ends, and what the samples of the first prompt have said.
+    assert pool.num_blocks - pool.num_free == shared // 16 + (1 + 1 + 2 + 1) + 2
+    engine.scheduler.put_all_back()
+    assert pool.num_free == pool.num_blocks
+
+
+def test_what_is_shared_outlives_the_prompt_that_read_it(model: Dots1ForCausalLM, token_ids) -> None:
+    """One row: each prompt leaves before the next is let in, unless it still waits; nothing is taken for something
+    else that lies in the same block later.
+    """
+    beginning, *ends = token_ids(40, 9, 9, 9, 9)
+    requests = [GenerationRequest(beginning + e, 3, sampling(i, 20)) for i, e in enumerate(ends)]
+    others = [GenerationRequest(p, 1, sampling(9, 20)) for p in token_ids(33, 47)]
+    asked = [requests[0], others[0], requests[1], requests[2], others[1], requests[3]]
+    wanted = [RolloutEngine(model).generate([r], return_routes=True)[0] for r in asked]
+    for rows in (1, 2, 5):
+        engine = RolloutEngine(model, rows, cache_block_size=8)
+        assert_same(model, asked, engine.generate(asked, return_routes=True), wanted)
+
+
+def test_new_weights_read_every_prompt_again(model: Dots1ForCausalLM, token_ids) -> None:
+    (prompt,) = token_ids(50)
+    engine = RolloutEngine(model, cache_block_size=8)
+    first = GenerationRequest(prompt, 1, sampling(0, 30))
+    engine.submit(first)
+    engine.step()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(1.1)
+    engine.weights_changed()
+    engine.submit(GenerationRequest(prompt, 1, sampling(1, 30)))
+    while engine.has_work:
+        engine.step()
+    assert engine.stats.num_prompt_tokens >= 100
+    fresh = RolloutEngine(model).generate([GenerationRequest(prompt, 1, sampling(1, 30))])
+    assert (
+        engine.generate([GenerationRequest(prompt, 1, sampling(1, 30))])[0][0].response_ids == fresh[0][0].response_ids
+    )
 
 
 def test_what_cannot_fit_alone_is_refused(model: Dots1ForCausalLM, token_ids) -> None:
