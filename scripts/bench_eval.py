@@ -3,7 +3,8 @@
 
 In one process, on the same tiny weights, prompts and limits, taking turns: `EngineLM` (what `dots-align eval --lm-eval`
 runs) and the harness' `HFLM` for plain transformers, at the batch size that is fastest for it on the first prompts.
-The prompts are GSM8K's test set (--data), else made-up ones of the same number and length. Give a --checkpoint that
+The prompts are GSM8K's test set (--data), else made-up ones of the same number and length; after five examples, as the
+harness asks GSM8K by default, and without any. Give a --checkpoint that
 ends its answers, as those of an evaluation do; fresh weights never end a turn, so each answer runs to --max-tokens.
 
     dots-align sft recipes/tiny/sft.yaml output_dir=runs/gsm8k/sft data.path=…/gsm8k/train.jsonl \\
@@ -13,11 +14,11 @@ ends its answers, as those of an evaluation do; fresh weights never end a turn, 
 
 Needs `pip install -c constraints.txt -e '.[lm-eval]'`. Prints a table, then `RESULT {json}`:
 
-    eval_ratio        seconds of the harness' back end / ours (medians)
-    same_answers      share of answers that are equal, letter by letter
-    seconds           {ours, harness}
-    mean_tokens       of an answer
-    num_items, max_tokens, batch_size, quick, trained
+    eval_ratio        with examples: seconds of the harness' back end / ours (medians)
+    eval_ratio_zero_shot   the same without
+    same_answers      share of answers that are equal, letter by letter, the smaller one
+    runs              {examples: {ours, harness: seconds; mean_tokens of an answer; batch_size of the harness}}
+    num_items, max_tokens, quick, trained
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from dots_align.evals.task import load_items, load_task
 from dots_align.model.dots1 import create_model, preset_config
 
 _ASKED = "Ann has some apples and sells three of them to each friend at two dollars every day how many "
-NUM_ITEMS, BATCH_SIZES = 1319, (16, 64, 128)
+NUM_ITEMS, NUM_SHOTS, BATCH_SIZES = 1319, 5, (16, 64, 128)
 
 
 def main() -> None:
@@ -55,24 +56,56 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="48 prompts, 32 tokens")
     options = parser.parse_args()
     count, max_tokens = (48, 32) if options.quick else (NUM_ITEMS, options.max_tokens)
-    asked = prompts(options.data, count)
     model, tokenizer = loaded(options.checkpoint)
     ours, plain = EngineLM(model, tokenizer), plain_copy(model)
-    texts = [ours.apply_chat_template([{"role": "user", "content": text}]) for text in asked]
+    print(f"{count} prompts, at most {max_tokens} tokens an answer, {torch.get_num_threads()} threads")
+    print(f"{'examples':>8} {'tokens/answer':>14} {'ours':>9} {'harness':>9} {'ratio':>7} {'same':>7}")
+    runs = {}
+    for shots in (NUM_SHOTS, 0):
+        texts = [
+            ours.apply_chat_template([{"role": "user", "content": text}])
+            for text in prompts(options.data, count, shots)
+        ]
+        runs[shots] = run = compare(ours, plain, texts, max_tokens, max(options.repeats, 1))
+        print(
+            f"{shots:8} {run['mean_tokens']:14.1f} {run['ours']:7.1f} s {run['harness']:7.1f} s {run['ratio']:6.2f}x "
+            f"{run['same']:7.1%}"
+        )
+    summary = {
+        "eval_ratio": runs[NUM_SHOTS].pop("ratio"),
+        "eval_ratio_zero_shot": runs[0].pop("ratio"),
+        "same_answers": min(run.pop("same") for run in runs.values()),
+        "runs": runs,
+        "num_items": count,
+        "max_tokens": max_tokens,
+        "quick": options.quick,
+        "trained": bool(options.checkpoint),
+    }
+    print("RESULT " + json.dumps(summary))
+
+
+def compare(ours: EngineLM, plain: Any, texts: list[str], max_tokens: int, repeats: int) -> dict[str, Any]:
+    """Both on the same prompts, taking turns: median seconds of each, their ratio, and how many answers are equal."""
     requests = [
         Instance("generate_until", {}, (text, {"until": [], "max_gen_toks": max_tokens, "do_sample": False}), n)
         for n, text in enumerate(texts)
     ]
-    size = fastest(plain, tokenizer, requests[: min(128, count)])
-    theirs = HFLM(pretrained=plain, tokenizer=tokenizer, batch_size=size, device="cpu")
+    size = fastest(plain, ours.tokenizer, requests[: min(128, len(texts))])
+    theirs = HFLM(pretrained=plain, tokenizer=ours.tokenizer, batch_size=size, device="cpu")
     ours.generate_until(requests[:2])  # compiles the native forward
     seconds: dict[str, list[float]] = {"ours": [], "harness": []}
     found: dict[str, list[str]] = {}
-    for _ in range(max(options.repeats, 1)):
+    for _ in range(repeats):
         found = {name: timed(lm, requests, seconds[name]) for name, lm in (("ours", ours), ("harness", theirs))}
-    lengths = [len(ours.tok_encode(text)) for text in found["ours"]]
-    about = {"num_items": count, "mean_tokens": round(statistics.mean(lengths), 1), "max_tokens": max_tokens}
-    report(seconds, found, {**about, "batch_size": size, "quick": options.quick, "trained": bool(options.checkpoint)})
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    same = sum(a == b for a, b in zip(found["ours"], found["harness"], strict=True)) / len(texts)
+    return {
+        **{name: round(value, 2) for name, value in medians.items()},
+        "mean_tokens": round(statistics.mean(len(ours.tok_encode(text)) for text in found["ours"]), 1),
+        "batch_size": size,
+        "ratio": round(medians["harness"] / medians["ours"], 2),
+        "same": round(same, 4),
+    }
 
 
 def loaded(checkpoint: Path | None) -> tuple[Any, Any]:
@@ -85,13 +118,19 @@ def loaded(checkpoint: Path | None) -> tuple[Any, Any]:
     return create_model(config, 0, ()).eval(), tokenizer
 
 
-def prompts(data: Path | None, count: int) -> list[str]:
-    """GSM8K's test questions as the suite asks them, or made-up ones of about their length."""
+def prompts(data: Path | None, count: int, shots: int) -> list[str]:
+    """GSM8K's test questions as the suite asks them, or made-up ones of about their length, each after the same
+    answered ones.
+    """
     if data is not None:
-        return [item.prompt for item in load_items(load_task("gsm8k"), data, None, count, hub=False)]
+        asked = [item.prompt for item in load_items(load_task("gsm8k"), data, None, count, hub=False)]
+        lines = (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()[:shots]
+        examples = [f"{example['question']}\n{example['answer']}\n\n" for example in map(json.loads, lines)]
+        return ["".join(examples) + text for text in asked]
     rng = random.Random(0)
     words = _ASKED.split()
-    return [" ".join(rng.choices(words, k=rng.randrange(20, 80))) for _ in range(count)]
+    examples = "".join(" ".join(rng.choices(words, k=100)) + "\n\n" for _ in range(shots))
+    return [examples + " ".join(rng.choices(words, k=rng.randrange(20, 80))) for _ in range(count)]
 
 
 def plain_copy(model: Any) -> Any:
@@ -118,18 +157,6 @@ def timed(lm: Any, requests: list[Any], seconds: list[float]) -> list[str]:
         found = lm.generate_until(requests, disable_tqdm=True)
     seconds.append(time.perf_counter() - started)
     return found
-
-
-def report(seconds: dict[str, list[float]], found: dict[str, list[str]], about: dict[str, Any]) -> None:
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    told = f"{about['mean_tokens']} tokens an answer, at most {about['max_tokens']}"
-    print(f"{about['num_items']} prompts, {told}, {torch.get_num_threads()} threads")
-    for name, value in medians.items():
-        rate = about["num_items"] * about["mean_tokens"] / value
-        print(f"{name:8} {value:8.1f} s   {rate:9,.0f} tokens/s   {medians['harness'] / value:5.1f}x")
-    same = sum(a == b for a, b in zip(found["ours"], found["harness"], strict=True)) / about["num_items"]
-    summary = {"eval_ratio": round(medians["harness"] / medians["ours"], 2), "same_answers": round(same, 4)}
-    print("RESULT " + json.dumps({**summary, "seconds": {n: round(v, 2) for n, v in medians.items()}, **about}))
 
 
 if __name__ == "__main__":

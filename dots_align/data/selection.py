@@ -51,8 +51,12 @@ class Selected:
 
 
 def normalised(text: str) -> str:
-    """What two texts have in common that say the same: letters, digits and signs, without case, width and spacing."""
-    return re.sub(r"\s+", "", unicodedata.normalize("NFKC", text)).casefold()
+    """What two texts have in common that say the same: letters, digits and signs, without case and width, spaces only
+    where they part words or numbers. A superscript stays one.
+    """
+    marked = "".join("^" + c if unicodedata.decomposition(c).startswith("<super>") else c for c in text)
+    plain = " ".join(unicodedata.normalize("NFKC", marked).casefold().split())
+    return re.sub(r"(?<![a-z0-9]) | (?![a-z0-9])", "", plain)
 
 
 def select(prompts: Sequence[str], answers: Sequence[Answer], selection: SelectionSection, seed: int) -> Selected:

@@ -36,6 +36,8 @@ def test_the_same_words_to_another_prompt_are_no_duplicate() -> None:
 def test_normalised_keeps_what_carries_meaning() -> None:
     assert normalised("Ｘ = 3，\n则…") == normalised("x=3,则...")
     assert len({normalised(t) for t in ("12+3", "12-3", "1 2.3", "1,23", "-12", "12!")}) == 6
+    assert len({normalised(t) for t in ("5²", "52", "5 2", "5^2")}) == 3
+    assert normalised("the  answer\nis 5 .") == normalised("The answer is 5.") != normalised("theanswer is 5.")
 
 
 def test_prompts_are_sorted_by_pass_rate_and_capped_by_their_bin() -> None:
