@@ -92,8 +92,9 @@ def _parser() -> argparse.ArgumentParser:
         default=["hf"],
         metavar="TARGET",
         help="hf: a directory for transformers and what reads it; gguf:F32, gguf:F16, gguf:BF16, gguf:Q8_0: llama.cpp; "
-        "gguf:Q6_K, gguf:Q5_K_M, gguf:Q4_K_M: the same by its quantizer",
+        "gguf:Q6_K, gguf:Q5_K_M, gguf:Q4_K_M: the same by its quantizer; adapter: a LoRA checkpoint as it is, for PEFT",
     )
+    export.add_argument("--base", help="of --to adapter: what its users know the base as, such as its name on the hub")
     export.add_argument("--output", type=Path, help="default: <checkpoint>-export")
     export.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parity = command("parity", "do all engines compute the same model, and if not, which mistake is it", _parity)
@@ -262,11 +263,17 @@ def _export(options: argparse.Namespace) -> None:
     from dots_align.runtime import setup_logging
 
     setup_logging()
+    from dots_align.export.adapter import export_adapter
     from dots_align.export.targets import export
 
     checkpoint = options.checkpoint.resolve()
     output = options.output or checkpoint.with_name(f"{checkpoint.name}-export")
-    print(export(checkpoint, output, options.overwrite, options.to))
+    if options.to == ["adapter"] and options.base:
+        print(export_adapter(checkpoint, output, options.base, options.overwrite))
+    elif "adapter" in options.to or options.base:
+        raise ValueError("--to adapter, by itself, and --base NAME go together: what its users know the base as")
+    else:
+        print(export(checkpoint, output, options.overwrite, options.to))
 
 
 def _parity(options: argparse.Namespace) -> None:

@@ -56,6 +56,7 @@ def model_card(
     verification: dict[str, Any] | None = None,
     gguf: dict[str, dict[str, Any]] | None = None,
     hf: bool = True,
+    usage: str | None = None,
 ) -> str:
     """The text of README.md.
 
@@ -66,15 +67,20 @@ def model_card(
         verification: result of `verify_export`, if it ran.
         gguf: result of `verify_gguf`, by format; the formats that are there.
         hf: whether there are files for transformers.
+        usage: how to load them, if not as a whole model.
     """
     formats = list(gguf or {})
-    usage = [*([USAGE] if hf else []), *(GGUF_USAGE.replace("FILE", f"model-{f}.gguf") for f in formats[-1:]), LAYOUT]
+    how = [
+        *([usage or USAGE] if hf else []),
+        *(GGUF_USAGE.replace("FILE", f"model-{f}.gguf") for f in formats[-1:]),
+        LAYOUT,
+    ]
     sections = [
         _front_matter(history, formats, hf),
         _what_it_is(config, parameters, history, formats, hf),
         "## Training\n\n" + _training(history),
         "## Evaluation\n\n" + _evaluation(history),
-        "## Use\n\n" + "\n\n".join(usage),
+        "## Use\n\n" + "\n\n".join(how),
         "## Limitations\n\n" + _limitations(parameters[0]),
         "\n\n".join([_provenance(verification), *(_gguf_provenance(f, proof) for f, proof in (gguf or {}).items())]),
     ]
@@ -207,6 +213,17 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```
 
 Or in a terminal: `dots-align chat DIR`."""
+
+ADAPTER_USAGE = """This is an adapter (LoRA); it needs its base, `BASE`.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+path = "."  # this directory
+tokenizer = AutoTokenizer.from_pretrained(path)
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE", dtype="auto"), path)
+```"""
 
 GGUF_USAGE = """```python
 from llama_cpp import Llama

@@ -58,17 +58,17 @@ def export_hf(
     """
     checkpoint, output = Path(checkpoint), Path(output)
     check_whole(checkpoint)
-    _check_output(checkpoint, output, overwrite)
+    check_output(checkpoint, output, overwrite)
     # Written by `staged` after the block below, so what is found out in it is still taken in.
     history = training_history(checkpoint)
-    manifest = {"stage": EXPORT_STAGE, "step": _last_step(history), "training": history.as_dict()}
+    manifest = {"stage": EXPORT_STAGE, "step": last_step(history), "training": history.as_dict()}
     with staged(output.resolve(), manifest) as staging:
         _write_model_files(checkpoint, staging, max_shard_bytes)
         config = Dots1Config.from_pretrained(staging)
         if finish is not None:
-            manifest |= _finished(finish, staging, output)
+            manifest |= finished(finish, staging, output)
         proofs = manifest.get("verification"), manifest.get("gguf")
-        card = model_card(config, _parameters(config), history, *proofs, hf=(staging / "config.json").is_file())
+        card = model_card(config, parameter_counts(config), history, *proofs, hf=(staging / "config.json").is_file())
         (staging / "README.md").write_text(card, encoding="utf-8")
         if (drawing := draw([(s.stage, s.curves) for s in history.stages])) is not None:
             (staging / FILE).write_text(drawing, encoding="utf-8")
@@ -76,7 +76,7 @@ def export_hf(
     return output
 
 
-def _finished(finish: Finish, staging: Path, output: Path) -> dict[str, Any]:
+def finished(finish: Finish, staging: Path, output: Path) -> dict[str, Any]:
     """Its message names the directory the caller asked for, as the staging directory will be gone."""
     try:
         return finish(staging)
@@ -84,7 +84,7 @@ def _finished(finish: Finish, staging: Path, output: Path) -> dict[str, Any]:
         raise ValueError(f"{str(error).replace(str(staging), str(output))} (nothing was exported)") from None
 
 
-def _check_output(checkpoint: Path, output: Path, overwrite: bool) -> None:
+def check_output(checkpoint: Path, output: Path, overwrite: bool) -> None:
     target = output.resolve()
     for source in (checkpoint.resolve(), (adapter_base(checkpoint) or checkpoint).resolve()):
         if source == target or source in target.parents or target in source.parents:
@@ -104,7 +104,7 @@ def _is_export(directory: Path) -> bool:
         return False
 
 
-def _last_step(history: History) -> int:
+def last_step(history: History) -> int:
     return history.stages[-1].step if history.stages else 0
 
 
@@ -126,9 +126,9 @@ def _write_model_files(checkpoint: Path, staging: Path, max_shard_bytes: int) ->
             check_tensors(staging, config)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{checkpoint}: cannot be read: {error}") from None
-    _write_tokenizer(tokenizer, staging)
+    write_tokenizer(tokenizer, staging)
     _write_config(config, tokenizer, staging)
-    _write_generation_config(base or checkpoint, tokenizer, staging)
+    write_generation_config(base or checkpoint, tokenizer, staging)
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -179,7 +179,7 @@ def _read(members: list[tuple[Path, str]]) -> Iterator[tuple[str, torch.Tensor]]
                 yield name, tensor.float() if name.endswith(CORRECTION_BIAS) else tensor
 
 
-def _parameters(config: Dots1Config) -> tuple[int, int]:
+def parameter_counts(config: Dots1Config) -> tuple[int, int]:
     """(all, active per token) parameters."""
     with torch.device("meta"):
         return count_parameters(Dots1ForCausalLM(config))
@@ -219,7 +219,7 @@ def _write_config(config: Dots1Config, tokenizer: PreTrainedTokenizerBase, stagi
     write_json(path, dict(sorted(fields.items())))
 
 
-def _write_generation_config(source: Path, tokenizer: PreTrainedTokenizerBase, staging: Path) -> None:
+def write_generation_config(source: Path, tokenizer: PreTrainedTokenizerBase, staging: Path) -> None:
     """Stops at every token that ends a turn; the source's sampling defaults, if it has any, are kept."""
     path = source / "generation_config.json"
     fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"do_sample": False}
@@ -229,7 +229,7 @@ def _write_generation_config(source: Path, tokenizer: PreTrainedTokenizerBase, s
     GenerationConfig(**fields).save_pretrained(staging)
 
 
-def _write_tokenizer(tokenizer: PreTrainedTokenizerBase, staging: Path) -> None:
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, staging: Path) -> None:
     """Tokenizer files in the terms of transformers 4, which transformers 5 still reads."""
     tokenizer.chat_template = template = portable_template(tokenizer.get_chat_template())
     tokenizer.save_pretrained(staging)

@@ -1,9 +1,9 @@
 """Loads an exported directory as its users will: plain transformers, in a process of its own, no dots_align imported.
 
-Run by path (`python -P reload.py`), never imported. Reads one JSON request from stdin: `directory`, `device`,
-`max_tokens` and `conversations` (lists of {role, content}). Writes one JSON object to stdout: `answers` (`prompt_ids`,
-`response_ids` and `logprobs` of each conversation), `eos_token_ids`, `pad_token_id` and `problems` (what transformers
-had to guess while loading).
+Run by path (`python -P reload.py`), never imported. Reads one JSON request from stdin: `directory`, `base` (the model
+that `directory` is an adapter on, or null), `device`, `max_tokens` and `conversations` (lists of {role, content}).
+Writes one JSON object to stdout: `answers` (`prompt_ids`, `response_ids` and `logprobs` of each conversation),
+`eos_token_ids`, `pad_token_id` and `problems` (what transformers had to guess while loading).
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import sys
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 
-def load(directory: str, device: str) -> tuple[Any, Any, list[str]]:
-    """The model in fp32, the tokenizer, and every tensor that was missing, left over or of the wrong shape."""
+def load(directory: str, base: str | None, device: str) -> tuple[Any, Any, list[str]]:
+    """The model in fp32 (with its adapter, if there is a `base`), the tokenizer, and every tensor that was missing,
+    left over or of the wrong shape.
+    """
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        base or directory, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
     )
     model, info = loaded
     problems = [
@@ -28,6 +30,11 @@ def load(directory: str, device: str) -> tuple[Any, Any, list[str]]:
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
         for name in sorted(map(str, info[kind]))
     ]
+    if base is not None:
+        from peft import PeftModel
+
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+        model = PeftModel.from_pretrained(model, directory)
     return model.to(device).eval(), tokenizer, problems
 
 
@@ -53,7 +60,7 @@ def main() -> None:
     # Libraries may print: the result has the real stdout to itself.
     stdout, sys.stdout = sys.stdout, sys.stderr
     request = json.load(sys.stdin)
-    model, tokenizer, problems = load(request["directory"], request["device"])
+    model, tokenizer, problems = load(request["directory"], request["base"], request["device"])
     answers = [answer(model, tokenizer, c, request["max_tokens"]) for c in request["conversations"]]
     eos = model.generation_config.eos_token_id
     assert not [name for name in sys.modules if name.split(".")[0] == "dots_align"], "dots_align was imported"

@@ -45,13 +45,16 @@ CONVERSATIONS: tuple[tuple[Message, ...], ...] = (
 )
 
 
-def verify_export(checkpoint: Path, exported: Path, prompts: Sequence[str] | None = None) -> dict[str, Any]:
+def verify_export(
+    checkpoint: Path, exported: Path, prompts: Sequence[str] | None = None, base: Path | None = None
+) -> dict[str, Any]:
     """Compares greedy answers of the export (by plain transformers) with the checkpoint's (by the rollout engine).
 
     Args:
         checkpoint: the source, full or adapter.
         exported: the directory to prove.
         prompts: user messages to ask; a few Chinese and English conversations if not given.
+        base: the full checkpoint that `exported` is an adapter on, if it is one.
 
     Returns:
         `num_prompts`, `num_identical` (all tokens equal), `num_tokens` (compared), `median_logprob_difference`,
@@ -63,11 +66,11 @@ def verify_export(checkpoint: Path, exported: Path, prompts: Sequence[str] | Non
     """
     checkpoint, exported = Path(checkpoint), Path(exported)
     check_whole(checkpoint)
-    if not (exported / "config.json").is_file():
+    if base is None and not (exported / "config.json").is_file():
         raise ValueError(f"{exported}: not an exported directory: it has no config.json")
     conversations = [[Message("user", p)] for p in prompts] if prompts else [list(c) for c in CONVERSATIONS]
     # The fresh process first: its model is gone from memory before the checkpoint's is loaded.
-    reloaded = _reload(exported, conversations)
+    reloaded = _reload(exported, conversations, base)
     model, tokenizer = load_model(ModelSection(path=str(checkpoint), dtype=stored_dtype(checkpoint)), device())
     model.float()
     _check_stops(exported, reloaded, tokenizer)
@@ -83,10 +86,11 @@ def verify_export(checkpoint: Path, exported: Path, prompts: Sequence[str] | Non
     return _compare(model, exported, conversations, prompt_ids, samples, reloaded["answers"])
 
 
-def _reload(exported: Path, conversations: list[list[Message]]) -> dict[str, Any]:
+def _reload(exported: Path, conversations: list[list[Message]], base: Path | None = None) -> dict[str, Any]:
     """Answers of the exported directory from a fresh process; see reload.py."""
     request = {
         "directory": str(exported.resolve()),
+        "base": None if base is None else str(base.resolve()),
         "device": str(device()),
         "max_tokens": MAX_TOKENS,
         "conversations": [as_dicts(c) for c in conversations],

@@ -381,7 +381,7 @@ def adapter_base(directory: Path) -> Path | None:
     """
     if not (directory / ADAPTER_CONFIG).is_file():
         return None
-    base, named = _named_base(directory)
+    base, named = named_base(directory)
     if base is None:
         raise ValueError(
             f"{directory / ADAPTER_CONFIG}: the base checkpoint {named} is not there; put it back or edit "
@@ -390,7 +390,7 @@ def adapter_base(directory: Path) -> Path | None:
     return adapter_base(base) or base
 
 
-def _named_base(directory: Path) -> tuple[Path | None, Path]:
+def named_base(directory: Path) -> tuple[Path | None, Path]:
     """The checkpoint, full or adapter, that an adapter was trained on, if it can be found, and what it is called."""
     named = Path(json.loads((directory / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"])
     full = (directory / named, directory.parent / named.name, named)
@@ -408,7 +408,7 @@ def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     Raises:
         ValueError: an adapter tensor is missing or unexpected; PEFT alone would warn, or say nothing.
     """
-    base, _ = _named_base(directory)
+    base, _ = named_base(directory)
     if base is not None and (base / ADAPTER_CONFIG).is_file():
         model = merge_adapter(model, base)
     adapted = PeftModel.from_pretrained(model, directory, local_files_only=True)
