@@ -84,7 +84,7 @@ def train(start: Path, run_dir: Path, noise: tuple[float, float] | None, keys: l
     recipe = load_recipe(ROOT / "recipes/tiny/grpo.yaml", [f"model.path={start}", f"output_dir={run_dir}", *keys])
 
     def wrong(rollout: Any, policy: Any) -> RolloutEngine:
-        return WrongEngine(policy, rollout.max_num_sequences, *noise)
+        return WrongEngine(policy, rollout.max_num_sequences, *(noise or (0.0, 0.0)))
 
     stopped = False
     with patch.object(loop, "make_backend", wrong) if noise else contextlib.nullcontext():
