@@ -1,6 +1,17 @@
-"""`python -m dots_align`: what `accelerate launch -m dots_align` runs on every process."""
+"""The program: `dots-align`, and `python -m dots_align`, which `accelerate launch` and `torchrun` run on every process."""
+
+import sys
 
 from dots_align.cli import main
 
-if __name__ == "__main__":
+
+def run() -> None:
     main()
+    if "dots_align.runtime" in sys.modules:  # not imported by what needs no torch
+        from dots_align.runtime import leave
+
+        leave()
+
+
+if __name__ == "__main__":
+    run()
