@@ -1,4 +1,4 @@
-"""The program: `dots-align`, and `python -m dots_align`, which `accelerate launch` and `torchrun` run on every process."""
+"""The program: `dots-align`, and `python -m dots_align`, which `accelerate launch` runs on every process."""
 
 import sys
 

@@ -116,8 +116,9 @@ def leave() -> NoReturn:
     Threads of gloo outlive `destroy_process_group` where anything still holds a group, as a device mesh does. One that
     gives back a tensor while the interpreter goes aborts the process, and a launcher takes that for a failure.
     """
-    threading._shutdown()  # what an interpreter does first: waits for threads that are not daemons, ...
-    atexit._run_exitfuncs()  # ... and then runs these
+    # What an interpreter does first: waits for the threads that are not daemons, then runs what was registered.
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
