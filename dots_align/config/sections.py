@@ -64,10 +64,10 @@ class DataSection(Section):
     """Where records come from.
 
     `path` is a JSONL or Parquet file, or `synthetic:sft`, `synthetic:preference`, `synthetic:heldout_preference`,
-    `synthetic:prompts`, `synthetic:heldout`. Records hold `messages_field` (a list of {role, content}), or
-    `prompt_field` with `response_field` (SFT), `chosen_field` and `rejected_field` (DPO, reward models) or
-    `answer_field` (RL and evaluation): one field, or a list of those that a reward function needs, which it gets as a
-    JSON object.
+    `synthetic:prompts`, `synthetic:heldout`. Records hold `messages_field` (a list of {role, content}, or
+    ShareGPT's {from, value}), or `prompt_field` with `response_field` (SFT), `chosen_field` and `rejected_field` (DPO,
+    reward models; where they are whole conversations, no prompt is needed) or `answer_field` (RL and evaluation): one
+    field, or a list of those that a reward function needs, which it gets as a JSON object.
     """
 
     path: str

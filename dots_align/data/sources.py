@@ -14,6 +14,8 @@ from dots_align.data import synthetic
 from dots_align.types import ROLES, Conversation, Message, PreferencePair, Prompt
 
 DEFAULT_SYNTHETIC_SAMPLES = 2000
+GZIP = b"\x1f\x8b"
+SPEAKERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's names
 Record = TypeVar("Record", Conversation, PreferencePair, Prompt)
 
 
@@ -70,7 +72,7 @@ def _with_system(messages: list[Message], data: DataSection) -> list[Message]:
 def _read(data: DataSection, parse: Callable[[dict[str, Any], str], Record]) -> list[Record]:
     path = Path(data.path)
     if not path.is_file():
-        raise ValueError(f"data.path={path}: no such file; give a JSONL or Parquet file, or synthetic:…")
+        raise ValueError(f"data.path={path}: {_no_file(path)}")
     records = []
     for source, row in rows_of(path):
         records.append(parse(row, source))
@@ -79,6 +81,15 @@ def _read(data: DataSection, parse: Callable[[dict[str, Any], str], Record]) -> 
     if not records:
         raise ValueError(f"{path}: the data set is empty; it needs at least one record")
     return records
+
+
+def _no_file(path: Path) -> str:
+    if path.is_dir():
+        return "this is a directory; give a JSONL or Parquet file in it"
+    told = "no such file; give a JSONL or Parquet file, or synthetic:…"
+    if len(path.parts) == 2 and not path.suffix:
+        told += f". Nothing is fetched by name: hf download --repo-type dataset {path} brings the files of a data set"
+    return told
 
 
 def rows_of(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -98,17 +109,32 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             if not line.strip():
                 continue
             source = f"{path}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{source}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{source}: broken JSON at column {error.colno} ({error.msg}); fix or remove this line"
-                ) from None
+            if number == 1 and line.startswith((b"[", GZIP)):
+                raise ValueError(f"{path}: {_other_form(line)}")
+            row = _json_line(line, source)
             if not isinstance(row, dict):
                 raise ValueError(f"{source}: expected a JSON object, found {type(row).__name__}")
             yield source, row
+
+
+def _other_form(line: bytes) -> str:
+    if line.startswith(GZIP):
+        return "this file is compressed; gunzip it"
+    return "this is a JSON array, not a record a line; jq -c '.[]' makes one of the other"
+
+
+def _json_line(line: bytes, source: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source}: not UTF-8 ({error.reason}); convert the file to UTF-8") from None
+    except json.JSONDecodeError as error:
+        told = f"broken JSON at column {error.colno} ({error.msg})"
+    except RecursionError:
+        told = "too deeply nested"
+    except ValueError as error:  # an integer of thousands of digits
+        told = f"cannot be read ({error})"
+    raise ValueError(f"{source}: {told}; fix or remove this line")
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -154,18 +180,29 @@ def _messages(value: Any, field: str, source: str) -> list[Message]:
         where = f"{source}: {field}[{index}]"
         if not isinstance(item, dict):
             raise ValueError(f"{where} must be an object with `role` and `content`, found {type(item).__name__}")
-        role, content = item.get("role"), item.get("content")
+        role, content = _role_and_content(item)
         if role is None:
             raise ValueError(f"{where} has no `role`; give one of {', '.join(ROLES)}")
         if role not in ROLES:
             raise ValueError(f"{where} has the unknown role {role!r}; give one of {', '.join(ROLES)}")
         if not isinstance(content, str):
-            raise ValueError(f"{where} has no text in `content`")
+            found = "nothing" if content is None else type(content).__name__
+            raise ValueError(f"{where}: `content` must be text, found {found}")
         _check_unicode(content, f"{where}.content")
+        if role == "assistant" and not content.strip():
+            raise ValueError(f"{where} is an empty answer; fill it in or remove this record")
         if role == "system" and index > 0:
             raise ValueError(f"{where}: a system message may only come first")
         messages.append(Message(role, content))
     return messages
+
+
+def _role_and_content(item: dict[str, Any]) -> tuple[Any, Any]:
+    """Of a message in OpenAI's form, or in ShareGPT's (`from`, `value`)."""
+    if "role" in item or "from" not in item:
+        return item.get("role"), item.get("content")
+    speaker = item["from"]
+    return SPEAKERS.get(speaker, speaker) if isinstance(speaker, str) else speaker, item.get("value")
 
 
 def _prompt_messages(row: dict[str, Any], source: str, data: DataSection) -> list[Message]:
@@ -183,35 +220,67 @@ def _prompt_messages(row: dict[str, Any], source: str, data: DataSection) -> lis
     return _with_system(messages, data)
 
 
-def _answer_text(row: dict[str, Any], field: str, source: str, key: str) -> str:
-    """A chosen or rejected answer: text, or (as in TRL's conversational sets) a list ending with the assistant's
+def _answer(row: dict[str, Any], field: str, source: str, key: str) -> list[Message]:
+    """A field that holds an answer: text, or (as in TRL's conversational sets) a list ending with the assistant's
     message.
     """
-    if isinstance(row.get(field), list):
-        message = _messages(row[field], field, source)[-1]
-        if message.role != "assistant":
-            raise ValueError(f"{source}: {field!r} must end with an assistant message")
-        return message.content
-    return _text(row, field, source, key)
+    if not isinstance(row.get(field), list):
+        return [Message("assistant", _text(row, field, source, key))]
+    messages = _messages(row[field], field, source)
+    if messages[-1].role != "assistant":
+        raise ValueError(f"{source}: {field!r} must end with an assistant message")
+    return messages
 
 
 def _conversation(row: dict[str, Any], source: str, data: DataSection) -> Conversation:
+    fields = data.messages_field, data.prompt_field, data.response_field
+    if not any(field in row for field in fields):
+        have = ", ".join(map(repr, row)) or "nothing"
+        raise ValueError(
+            f"{source}: neither {fields[0]!r} nor {fields[1]!r} and {fields[2]!r} (the record has {have}); set "
+            "data.messages_field to what holds a conversation, or data.prompt_field and data.response_field"
+        )
     if data.messages_field in row:
         messages = _with_system(_messages(row[data.messages_field], data.messages_field, source), data)
     else:
-        answer = Message("assistant", _text(row, data.response_field, source, "response_field"))
-        messages = [*_prompt_messages(row, source, data), answer]
+        answer = _answer(row, data.response_field, source, "response_field")
+        messages = [*_prompt_messages(row, source, data), *answer]
     if not any(m.role == "assistant" for m in messages):
         raise ValueError(f"{source}: no assistant message, so there is nothing to learn; add one or remove this record")
     return Conversation(messages, source)
 
 
 def _preference_pair(row: dict[str, Any], source: str, data: DataSection) -> PreferencePair:
-    chosen = _answer_text(row, data.chosen_field, source, "chosen_field")
-    rejected = _answer_text(row, data.rejected_field, source, "rejected_field")
-    if chosen == rejected:
+    chosen = _answer(row, data.chosen_field, source, "chosen_field")
+    rejected = _answer(row, data.rejected_field, source, "rejected_field")
+    prompt = _prompt_of_pair(row, source, data, chosen[:-1], rejected[:-1])
+    if chosen[-1] == rejected[-1]:
         raise ValueError(f"{source}: chosen and rejected are the same text; remove this record")
-    return PreferencePair(_prompt_messages(row, source, data), chosen, rejected, source)
+    return PreferencePair(prompt, chosen[-1].content, rejected[-1].content, source)
+
+
+def _prompt_of_pair(
+    row: dict[str, Any], source: str, data: DataSection, before: list[Message], before_rejected: list[Message]
+) -> list[Message]:
+    """The record's prompt; or what comes `before` the answers in their own lists, which then is all of the
+    conversation.
+    """
+    names = f"{data.chosen_field!r} and {data.rejected_field!r}"
+    if before != before_rejected:
+        raise ValueError(f"{source}: {names} differ before their last message; they have to answer the same prompt")
+    if not before:
+        return _prompt_messages(row, source, data)
+    given = row.get(data.prompt_field)
+    if isinstance(given, list):
+        messages = _messages(given, data.prompt_field, source)
+        if before[: len(messages)] != messages:
+            raise ValueError(
+                f"{source}: {names} do not begin with the messages of {data.prompt_field!r}; leave the prompt out of "
+                "them, or make it the same"
+            )
+    if before[-1].role != "user":
+        raise ValueError(f"{source}: a prompt must end with a user message")
+    return _with_system(before, data)
 
 
 def _prompt(row: dict[str, Any], source: str, data: DataSection, need_answer: bool) -> Prompt:

@@ -64,6 +64,28 @@ def test_preference_pairs_from_text_or_trls_lists(jsonl) -> None:
     ]
 
 
+def test_conversations_as_sharegpt_and_trl_write_them(jsonl) -> None:
+    turns = [("system", "s"), ("human", "1+1?"), ("gpt", "2")]
+    path = jsonl(
+        {"conversations": [{"from": speaker, "value": text} for speaker, text in turns]},
+        {"prompt": [USER], "response": [ASSISTANT]},
+    )
+    first, second = load_conversations(section(path, messages_field="conversations"), 0)
+    assert first.messages == [Message("system", "s"), Message("user", "1+1?"), Message("assistant", "2")]
+    assert second.messages == first.messages[1:]
+
+
+def test_preference_pairs_whose_answers_bring_the_conversation(jsonl) -> None:
+    """UltraFeedback and others repeat the prompt in `chosen` and `rejected`, with or without a prompt of its own."""
+    system, again = {"role": "system", "content": "s"}, {"role": "user", "content": "sure?"}
+    talk = [system, USER, ASSISTANT, again]
+    answers = {name: [*talk, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
+    path = jsonl(answers, {"prompt": "1+1?", **answers}, {"prompt": talk[:2], **answers})
+    prompt = [Message(m["role"], m["content"]) for m in talk]
+    for pair in load_preference_pairs(section(path), 0):
+        assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, "chosen", "rejected")
+
+
 def test_prompts_take_the_question_and_leave_a_recorded_answer_out(jsonl) -> None:
     path = jsonl({"messages": [USER, ASSISTANT], "answer": 2}, {"prompt": "q", "answer": "x"})
     assert load_prompts(section(path), 0) == [
@@ -117,6 +139,25 @@ def test_missing_file(tmp_path: Path) -> None:
     assert complaint("sft", tmp_path / "none.jsonl").startswith(f"data.path={tmp_path / 'none.jsonl'}: no such file")
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("array.json", b'[\n{"prompt": "q"}\n]', "a JSON array, not a record a line; jq -c '.[]'"),
+        ("array.json", b'[{"prompt": "q"}]', "a JSON array, not a record a line; jq -c '.[]'"),
+        ("data.jsonl.gz", b"\x1f\x8b\x08\x00", "compressed; gunzip it"),
+    ],
+)
+def test_files_that_hold_records_in_another_way(tmp_path: Path, name: str, content: bytes, told: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert told in complaint("sft", path)
+
+
+def test_a_directory_and_a_name_on_the_hub(tmp_path: Path) -> None:
+    assert "this is a directory; give a JSONL or Parquet file in it" in complaint("sft", tmp_path)
+    assert "hf download --repo-type dataset openai/gsm8k" in complaint("sft", "openai/gsm8k")
+
+
 def test_empty_file(jsonl) -> None:
     path = jsonl("", "  ")
     assert complaint("sft", path).startswith(f"{path}: the data set is empty")
@@ -140,7 +181,7 @@ GOOD = {"messages": [USER, ASSISTANT], "chosen": "a", "rejected": "b", "answer":
             "messages[1] has no `role`; give one of system, user, assistant",
         ),
         ("sft", {"messages": [{"role": "bot", "content": "2"}]}, "messages[0] has the unknown role 'bot'"),
-        ("sft", {"messages": [USER, {"role": "assistant"}]}, "messages[1] has no text in `content`"),
+        ("sft", {"messages": [USER, {"role": "assistant"}]}, "messages[1]: `content` must be text, found nothing"),
         ("sft", {"messages": [USER, {"role": "system", "content": "s"}]}, "a system message may only come first"),
         ("sft", {"messages": [USER]}, "no assistant message, so there is nothing to learn"),
         (
@@ -152,6 +193,27 @@ GOOD = {"messages": [USER, ASSISTANT], "chosen": "a", "rejected": "b", "answer":
             "sft",
             {"prompt": "q", "reply": "a"},
             "no field 'response' (the record has 'prompt', 'reply'); set data.response_field",
+        ),
+        (
+            "sft",
+            {"conversations": []},
+            "neither 'messages' nor 'prompt' and 'response' (the record has 'conversations'); set data.messages_field",
+        ),
+        ("sft", {"messages": [USER, {"role": "assistant", "content": " "}]}, "messages[1] is an empty answer"),
+        ("sft", {"messages": [USER, {"role": "tool", "content": "2"}]}, "messages[1] has the unknown role 'tool'"),
+        ("sft", {"messages": [{"from": "bot", "value": "2"}]}, "messages[0] has the unknown role 'bot'"),
+        ("sft", {"messages": [{"role": "user", "content": [{"text": "?"}]}]}, "`content` must be text, found list"),
+        ("sft", '{"messages": ' + "[" * 100_000, "too deeply nested"),
+        ("sft", '{"prompt": ' + "1" * 5000 + "}", "cannot be read"),
+        (
+            "dpo",
+            {"chosen": [USER, ASSISTANT], "rejected": [{"role": "user", "content": "other"}, ASSISTANT]},
+            "'chosen' and 'rejected' differ before their last message",
+        ),
+        (
+            "dpo",
+            {"prompt": [ASSISTANT, USER], "chosen": [USER, ASSISTANT], "rejected": [USER, ASSISTANT]},
+            "'chosen' and 'rejected' do not begin with the messages of 'prompt'",
         ),
         ("sft", {"prompt": " \n", "response": "a"}, "field 'prompt' is empty"),
         ("sft", {"prompt": "q", "response": ""}, "field 'response' is empty"),
