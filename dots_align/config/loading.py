@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +14,20 @@ from pydantic import ValidationError
 
 from dots_align.config.recipes import RECIPES, PipelineRecipe
 from dots_align.config.section import Section
+
+# What other programs call a key of ours.
+ELSEWHERE = {
+    "lr": "learning_rate",
+    "bs": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "num_epochs": "num_train_epochs",
+    "rank": "r",
+    "alpha": "lora_alpha",
+    "num_generations": "group_size",
+    "max_new_tokens": "max_tokens",
+    "max_seq_length": "max_length",
+    "max_completion_length": "max_tokens",
+}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | None = None) -> Any:
@@ -28,11 +43,13 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | No
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such recipe file; the recipes that come with dots_align are under recipes/")
-    text = path.read_text(encoding="utf-8")
+        raise ValueError(f"{path}: {_no_recipe(path)}")
     try:
+        text = path.read_text(encoding="utf-8")
         values = yaml.safe_load(text)
         lines = key_lines(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason}); a recipe is a YAML file") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
@@ -60,6 +77,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | No
         deeper = {e["loc"][:n] for e in problems for n in range(len(e["loc"]))}
         problems = [e for e in problems if e["type"] != "too_short" or e["loc"] not in deeper]
         raise ValueError("\n".join(explain(e, RECIPES[found], origins, path) for e in problems)) from None
+
+
+def _no_recipe(path: Path) -> str:
+    if path.is_dir():
+        return "this is a directory; give a recipe, a YAML file"
+    beside = [str(p) for p in path.parent.glob("*.yaml")]
+    near = difflib.get_close_matches(str(path), beside, n=1)
+    known = "the recipes that come with dots_align are under recipes/"
+    return f"no such recipe file; {f'did you mean {near[0]}?' if near else known}"
 
 
 def recipe_dict(recipe: Section) -> dict[str, Any]:
@@ -150,15 +176,31 @@ def apply_override(values: dict[str, Any], override: str, origins: dict[tuple[st
 def explain(error: Any, recipe: type[Section], origins: dict[tuple[str, ...], str], path: Path) -> str:
     """One line for a person: where, which key, what is wrong, what to do."""
     location = tuple(str(part) for part in error["loc"])
-    where = next((origins[location[:n]] for n in range(len(location), 0, -1) if location[:n] in origins), str(path))
-    key = ".".join(location)
+    where = _origin(location, origins) or str(path)
+    key, found = ".".join(location), f"found {error['input']!r}"
     if error["type"] == "extra_forbidden":
         return f"{where}: unknown key `{key}`{_suggestion(recipe, location)}"
     if error["type"] == "missing":
         return f"{where}: the key `{key}` is missing; add it to the recipe or give it as {key}=…"
     if error["type"] == "value_error":
         return f"{where}: {error['ctx']['error']}"
-    return f"{where}: `{key}`: {error['msg'][0].lower()}{error['msg'][1:]}, found {error['input']!r}"
+    if error["type"] == "tuple_type":
+        return f"{where}: `{key}`: has to be a list, such as [a, b], {found}"
+    if error["type"] in ("model_type", "model_attributes_type"):
+        inner = next((k for k in _all_keys(recipe) if k.startswith(f"{key}.")), f"{key}.…")
+        return f"{where}: `{key}`: has to be a group of keys, such as {inner}=…, {found}"
+    told = f"{where}: `{key}`: {error['msg'][0].lower()}{error['msg'][1:]}, {found}"
+    if error["type"] == "literal_error" and isinstance(error["input"], str):
+        near = difflib.get_close_matches(error["input"], re.findall(r"'([^']+)'", error["ctx"]["expected"]), n=1)
+        told += f"; did you mean {near[0]!r}?" if near else ""
+    return told
+
+
+def _origin(location: tuple[str, ...], origins: dict[tuple[str, ...], str]) -> str | None:
+    """Where a key was given, or what it lies in, or (a group that only an override made) what lies in it."""
+    around = (origins[location[:n]] for n in range(len(location), 0, -1) if location[:n] in origins)
+    inside = (origin for place, origin in origins.items() if place[: len(location)] == location)
+    return next(around, None) or next(inside, None)
 
 
 def _all_keys(section: type[Section], prefix: str = "") -> list[str]:
@@ -173,12 +215,25 @@ def _all_keys(section: type[Section], prefix: str = "") -> list[str]:
 
 def _suggestion(recipe: type[Section], location: tuple[str, ...]) -> str:
     """The nearest existing key: by the whole path, or by the last part wherever it lives."""
-    keys, wanted = _all_keys(recipe), ".".join(location)
-    near = difflib.get_close_matches(wanted, keys, n=1, cutoff=0.75)
+    keys, plain = _all_keys(recipe), tuple(part for part in location if not part.isdigit())
+    near = [] if plain[-1] in ELSEWHERE else difflib.get_close_matches(".".join(plain), keys, n=1, cutoff=0.75)
     if not near:
         by_leaf = {k.rsplit(".", 1)[-1]: k for k in reversed(keys)}
-        near = [by_leaf[leaf] for leaf in difflib.get_close_matches(location[-1], list(by_leaf), n=1, cutoff=0.7)]
-    return f"; did you mean `{near[0]}`?" if near else f"; keys here are {', '.join(_siblings(keys, location))}"
+        near = [by_leaf[leaf] for leaf in _near_leaves(plain[-1], list(by_leaf))]
+    if not near:
+        return f"; keys here are {', '.join(_siblings(keys, location))}"
+    section, _, leaf = near[0].rpartition(".")
+    if section == ".".join(plain[:-1]):  # beside it: in the same item of the same list
+        return f"; did you mean `{'.'.join((*location[:-1], leaf))}`?"
+    return f"; did you mean `{near[0]}`?"
+
+
+def _near_leaves(wanted: str, leaves: list[str]) -> list[str]:
+    """The one that is spelled alike, that other programs call so, or whose name `wanted` is a part of."""
+    spelled = difflib.get_close_matches(wanted, leaves, n=1, cutoff=0.7)
+    called = [ELSEWHERE[wanted]] if ELSEWHERE.get(wanted) in leaves else []
+    part = [leaf for leaf in leaves if len(wanted) > 4 and wanted in leaf]
+    return (called or spelled or part)[:1]
 
 
 def _siblings(keys: list[str], location: tuple[str, ...]) -> list[str]:

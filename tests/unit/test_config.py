@@ -118,8 +118,54 @@ def test_unknown_key_in_a_list_item(write) -> None:
     path = write(text)
     first = complaint(path).splitlines()[0]
     assert first == (
-        f"{path}:{line_of(text, 'wieght')}: unknown key `rewards.0.wieght`; did you mean `rewards.weight`?"
+        f"{path}:{line_of(text, 'wieght')}: unknown key `rewards.0.wieght`; did you mean `rewards.0.weight`?"
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("lr=1", "optim.learning_rate"),
+        ("epochs=1", "train.num_train_epochs"),
+        ("optim.lr=1", "optim.learning_rate"),
+        ("train.batch_size=4", "train.per_device_train_batch_size"),
+        ("num_epochs=2", "train.num_train_epochs"),
+        ("rank=8", "lora.r"),
+        ("lora.rank=8", "lora.r"),
+        ("trian.max_steps=1", "train"),
+    ],
+)
+def test_other_programs_names_lead_to_ours(override: str, nearest: str) -> None:
+    told = complaint(ROOT / "recipes" / "tiny" / "sft.yaml", override)
+    assert told == f"override {override!r}: unknown key `{override.partition('=')[0].removesuffix('.max_steps')}`; " + (
+        f"did you mean `{nearest}`?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("rewards=a:b", "`rewards`: has to be a list, such as [a, b], found 'a:b'"),
+        ("algorithm=gspo", "`algorithm`: has to be a group of keys, such as algorithm.name=…, found 'gspo'"),
+        ("algorithm.name=gsp", "did you mean 'gspo'?"),
+    ],
+)
+def test_values_of_another_shape(write, override: str, told: str) -> None:
+    message = complaint(write(GRPO), override)
+    assert message.startswith(f"override {override!r}: ")
+    assert told in message
+
+
+def test_a_recipe_in_no_text_encoding(write) -> None:
+    path = write("")
+    path.write_bytes(b"\xff\xfes\x00")
+    assert complaint(path).startswith(f"{path}: not UTF-8")
+
+
+def test_a_recipe_that_is_not_there_names_the_nearest(write, tmp_path: Path) -> None:
+    path = write(GRPO)
+    assert complaint(tmp_path / "recpie.yaml").endswith(f"did you mean {path}?")
+    assert complaint(tmp_path).startswith(f"{tmp_path}: this is a directory")
 
 
 def test_unknown_key_in_a_list_item_is_one_complaint(write) -> None:
