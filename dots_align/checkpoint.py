@@ -44,7 +44,8 @@ from dots_align.model.lora import (
     merge_adapter,
     save_adapter,
 )
-from dots_align.model.sharded_io import VALUE_HEAD, HubFiles, load_weights, own_part, place_part, save_weights
+from dots_align.model.merged_files import open_weights
+from dots_align.model.sharded_io import VALUE_HEAD, load_weights, own_part, place_part, save_weights
 from dots_align.runtime import (
     barrier,
     device,
@@ -330,14 +331,9 @@ def load_trainable(
         loaded._is_accelerate_prepared = True  # pyright: ignore[reportAttributeAccessIssue] - or a launch of one is DDP
         return loaded, tokenizer
     directory, base = model_directories(model, scalar_head)
-    if base != directory:
-        what = "model with another head" if scalar_head else "sharded model"
-        raise ValueError(
-            f"{directory}: an adapter cannot be merged into a {what}; `dots-align export {directory}` writes the "
-            "merged checkpoint to start from"
-        )
+    files = open_weights(directory)
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    loaded: Any = meta_model(directory, model.dtype, model.attn_implementation, model.experts_implementation)
+    loaded: Any = meta_model(base, model.dtype, model.attn_implementation, model.experts_implementation)
     if scalar_head:
         attach_scalar_head(loaded)
     if lora is not None:
@@ -347,8 +343,8 @@ def load_trainable(
         shard_model(loaded, parallel, torch.bfloat16 if bf16 else None, device().type)
     loaded._is_accelerate_prepared = True
     materialize(loaded, device())
-    fresh_head = scalar_head and not is_scalar(HubFiles(directory).shape(VALUE_HEAD))
-    load_weights(loaded, directory, leave_out=(VALUE_HEAD,) if fresh_head else ())
+    fresh_head = scalar_head and not is_scalar(files.shape(VALUE_HEAD))
+    load_weights(loaded, files, leave_out=(VALUE_HEAD,) if fresh_head else ())
     if fresh_head:
         with torch.no_grad():
             own_part(lm_head(loaded).weight)[0].zero_()

@@ -7,14 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from dots_align.checkpoint import check_whole, fingerprint, load_state, load_trainable, model_directories
-from dots_align.config import EvaluationSection, HookSection, LoraSection, ModelSection, ParallelSection, SuiteSection
+from dots_align.checkpoint import check_whole, fingerprint, load_trainable
+from dots_align.config import EvaluationSection, HookSection, ModelSection, ParallelSection, SuiteSection
 from dots_align.evals.benchmarks import Suite, run_suite
 from dots_align.evals.hook_process import user_hook
 from dots_align.evals.hooks import Hook, SaveHook
 from dots_align.evals.preference import evaluate_pairs
 from dots_align.evals.suite import evaluate
-from dots_align.runtime import is_main_process, logger, world_size, write_json
+from dots_align.runtime import is_main_process, logger, write_json
 from dots_align.scoring import load_function
 
 EVALS = "evals"  # beside a checkpoint's eval.json: what tasks of the suite were answered
@@ -63,7 +63,6 @@ def evaluate_checkpoint(checkpoint: Path, recipe: Any) -> dict[str, float]:
         checkpoint / "eval.json",
         recipe.parallel,
         recipe.train.bf16,
-        getattr(recipe, "lora", None),
     )
 
 
@@ -110,16 +109,10 @@ def evaluate_directory(
     output: Path,
     parallel: ParallelSection | None = None,
     bf16: bool = False,
-    lora: LoraSection | None = None,
 ) -> dict[str, float]:
-    """Loads a checkpoint directory, evaluates it and writes the result to `output`.
-
-    Args:
-        lora: of an adapter's checkpoint, the shape it was trained with: what several processes need, which cannot merge
-            it into a model that is spread over them.
-    """
+    """Loads a checkpoint directory, full or adapter, evaluates it and writes the result to `output`."""
     section = model.model_copy(update={"path": str(checkpoint), "preset": None})
-    loaded, tokenizer = _load(section, parallel or ParallelSection(), bf16, lora)
+    loaded, tokenizer = load_trainable(section, parallel or ParallelSection(), bf16)
     result = evaluate(loaded, tokenizer, evaluation, seed)
     if evaluation.tasks is not None:
         _add_tasks(result, loaded, tokenizer, evaluation.tasks, checkpoint, output)
@@ -143,13 +136,3 @@ def _add_tasks(result: dict[str, Any], model: Any, tokenizer: Any, tasks: SuiteS
     result["tasks"] = {name: task["metrics"] for name, task in found.items()}
     for name, task in found.items():
         result["metrics"][f"{name}/{task['metric']}"] = task["metrics"][task["metric"]]["value"]
-
-
-def _load(section: ModelSection, parallel: ParallelSection, bf16: bool, lora: LoraSection | None) -> tuple[Any, Any]:
-    directory, base = model_directories(section)
-    if directory == base or lora is None or (world_size() == 1 and not bf16):
-        return load_trainable(section, parallel, bf16)
-    on_base = section.model_copy(update={"path": str(base)})
-    loaded, tokenizer = load_trainable(on_base, parallel, bf16, lora)
-    load_state(loaded, directory)
-    return loaded, tokenizer

@@ -83,11 +83,7 @@ def analyse(
             series.add(path, name)
     change = None
     if len(found) > 1:
-        ends = [model_directories(ModelSection(path=str(path))) for path in (found[0], found[-1])]
-        if all(directory == base for directory, base in ends):
-            change = weight_change(ends[0][0], ends[1][0], series.layers, series.num_experts)
-        else:
-            logger.info("weights of adapters are not compared; export them first")
+        change = weight_change(found[0], found[-1], series.layers, series.num_experts)
     tokens = {name: sum(map(len, ids)) for name, ids in series.ids.items()}
     shape = series.layers, series.num_experts, series.k
     return Analysis(*shape, series.domains, tokens, series.loads, change)

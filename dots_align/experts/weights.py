@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from dots_align.model.merged_files import open_weights
 from dots_align.model.sharded_io import HubFiles
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -26,12 +27,12 @@ class WeightChange:
 
 
 def weight_change(first: Path, second: Path, layers: Sequence[int], num_experts: int) -> WeightChange:
-    """Compares the tensors of two full checkpoints.
+    """Compares the tensors of two checkpoints; adapters are folded into their bases.
 
     Raises:
         ValueError: a tensor is missing, or has another shape in one of them.
     """
-    files = HubFiles(first), HubFiles(second)
+    files = open_weights(first), open_weights(second)
     experts = np.zeros((len(layers), num_experts))
     router, bias = np.zeros_like(experts), np.zeros_like(experts)
     for row, layer in enumerate(layers):

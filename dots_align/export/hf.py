@@ -15,8 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, Dots1Config, Dots1ForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
-from dots_align.checkpoint import MANIFEST, check_whole, load_model, staged, stored_dtype
-from dots_align.config import ModelSection
+from dots_align.checkpoint import MANIFEST, check_whole, staged
 from dots_align.data.chat import stop_token_ids
 from dots_align.export.card import model_card
 from dots_align.export.curves import FILE, draw
@@ -25,6 +24,7 @@ from dots_align.export.template import portable_template
 from dots_align.export.weights import INDEX, check_tensors, weight_files
 from dots_align.model.dots1 import count_parameters
 from dots_align.model.lora import adapter_base
+from dots_align.model.merged_files import MergedFiles
 from dots_align.runtime import logger, write_json
 
 EXPORT_STAGE = "export"
@@ -113,17 +113,11 @@ def _write_model_files(checkpoint: Path, staging: Path, max_shard_bytes: int) ->
     base = adapter_base(checkpoint)
     try:
         config = Dots1Config.from_pretrained(base or checkpoint, local_files_only=True)
-        # Here and not after loading: transformers fills a missing tensor with fresh values and goes on.
+        # transformers would fill a missing tensor with fresh values and go on.
         check_tensors(base or checkpoint, config)
-        if base is None:
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
-            _copy_weights(checkpoint, staging, max_shard_bytes)
-        else:
-            config.dtype = stored_dtype(checkpoint)
-            model, tokenizer = load_model(ModelSection(path=str(checkpoint), dtype=config.dtype))
-            model.save_pretrained(staging, max_shard_size=max_shard_bytes)
-            del model
-            check_tensors(staging, config)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+        merged = None if base is None else MergedFiles(checkpoint)
+        _copy_weights(base or checkpoint, staging, max_shard_bytes, merged)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{checkpoint}: cannot be read: {error}") from None
     write_tokenizer(tokenizer, staging)
@@ -134,13 +128,15 @@ def _write_model_files(checkpoint: Path, staging: Path, max_shard_bytes: int) ->
 # ------------------------------------------------------------------------------------------------------------- weights
 
 
-def _copy_weights(source: Path, staging: Path, max_shard_bytes: int) -> None:
-    """Copies tensors bit by bit into shards of at most `max_shard_bytes`; one shard at a time is in memory."""
+def _copy_weights(source: Path, staging: Path, max_shard_bytes: int, merged: MergedFiles | None) -> None:
+    """Copies tensors, bit by bit but for what an adapter adds, into shards of at most `max_shard_bytes`; one shard at a
+    time is in memory.
+    """
     shards = _plan_shards(weight_files(source), max_shard_bytes)
     weight_map, total = {}, 0
     for number, members in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = dict(_read(members))
+        tensors = dict(_read(members, merged))
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(t.nbytes for t in tensors.values())
         save_file(tensors, staging / name, metadata={"format": "pt"})
@@ -170,11 +166,13 @@ def _sizes(path: Path) -> dict[str, int]:
     return {name: entry["data_offsets"][1] - entry["data_offsets"][0] for name, entry in header.items()}
 
 
-def _read(members: list[tuple[Path, str]]) -> Iterator[tuple[str, torch.Tensor]]:
+def _read(members: list[tuple[Path, str]], merged: MergedFiles | None) -> Iterator[tuple[str, torch.Tensor]]:
     for path in sorted({path for path, _ in members}):
         with safe_open(path, framework="pt") as shard:
             for name in (name for owner, name in members if owner == path):
                 tensor = shard.get_tensor(name)
+                if merged is not None:
+                    tensor = merged.fold(name, tensor).to(tensor.dtype)
                 # The bias decides near-ties between experts: the hub keeps it in fp32 whatever the rest is in.
                 yield name, tensor.float() if name.endswith(CORRECTION_BIAS) else tensor
 

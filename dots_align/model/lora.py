@@ -113,7 +113,8 @@ class AdaptedModel(PeftModelForCausalLM):
         if tensors is None:
             save_adapter(self, Path(save_directory), is_main=options.get("is_main_process"))
         else:
-            _write(self, Path(save_directory), {s.key: s.to_file(_cpu(tensors[s.name])) for s in _stored(self)})
+            whole = {s.key: s.to_file(_cpu(tensors[s.name])) for s in adapter_parameters(self)}
+            _write(self, Path(save_directory), whole)
 
     def load_adapter(self, model_id: Any, adapter_name: str, *_: Any, **__: Any) -> None:
         """`load_adapter_weights`, as transformers' Trainer calls it to resume."""
@@ -124,7 +125,7 @@ class AdaptedModel(PeftModelForCausalLM):
         """TRL's DPO asks for a frozen copy, "ref", of the adapter it is given. A stage begins with an adapter that adds
         nothing, so the model with adapters off, which DPO falls back to, is that reference without the memory.
         """
-        trained = any(local(s.parameter).any() for s in _stored(self) if s.part == "lora_B")
+        trained = any(local(s.parameter).any() for s in adapter_parameters(self) if s.part == "lora_B")
         if adapter_name != "ref" or trained:
             raise ValueError(
                 f"a second adapter, {adapter_name!r}, is not supported; merge the first one and go on from it"
@@ -175,7 +176,7 @@ def add_adapter(model: PreTrainedModel, lora: LoraSection, base_path: str, seed:
     if has_scalar_head(model):
         config.task_type, config.modules_to_save = REWARD_MODEL_TASK, [SCORE_HEAD.removesuffix(".weight")]
         lm_head(model).weight.requires_grad_(True)
-    if not any(s.parameter.is_meta for s in _stored(adapted)):
+    if not any(s.parameter.is_meta for s in adapter_parameters(adapted)):
         initialise_adapter(adapted, seed)
     return adapted
 
@@ -227,7 +228,7 @@ def _is_suffix(target: str, name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class AdapterParameter:
     """One adapter parameter: its name in the model, its key and layout in PEFT's file."""
 
     name: str
@@ -257,7 +258,7 @@ class _Stored:
         return tensor.view(rows, columns, num_experts).permute(2, 0, 1)
 
 
-def _stored(model: nn.Module) -> Iterator[_Stored]:
+def adapter_parameters(model: nn.Module) -> Iterator[AdapterParameter]:
     """All adapter parameters, in the order of the model."""
     for path, module in model.named_modules():
         if isinstance(module, ExpertAdapter):
@@ -266,14 +267,15 @@ def _stored(model: nn.Module) -> Iterator[_Stored]:
                 owner = path.removesuffix(".lora") + ".base_layer" * depth
                 for part in module.adapter_layer_names:
                     parameter = module._part(part)[weight]
-                    yield _Stored(f"{path}.{part}.{ADAPTER}.{weight}", f"{owner}.{part}.weight", part, parameter)
+                    name, key = f"{path}.{part}.{ADAPTER}.{weight}", f"{owner}.{part}.weight"
+                    yield AdapterParameter(name, key, part, parameter)
         elif isinstance(module, LoraLinear):
             for part in ("lora_A", "lora_B"):
                 parameter = getattr(module, part)[ADAPTER].weight
-                yield _Stored(f"{path}.{part}.{ADAPTER}.weight", f"{path}.{part}.weight", part, parameter)
+                yield AdapterParameter(f"{path}.{part}.{ADAPTER}.weight", f"{path}.{part}.weight", part, parameter)
     if has_scalar_head(model):
         head: Any = model.get_submodule(f"{_BASE}.lm_head")
-        yield _Stored(f"{_BASE}.lm_head.weight", f"{_BASE}.{SCORE_HEAD}", "head", head.weight)
+        yield AdapterParameter(f"{_BASE}.lm_head.weight", f"{_BASE}.{SCORE_HEAD}", "head", head.weight)
 
 
 def _cpu(parameter: torch.Tensor) -> torch.Tensor:
@@ -292,7 +294,7 @@ def initialise_adapter(model: nn.Module, seed: int, place: Place = _copy) -> Non
     The values depend on the seed and the model alone, not on how it is sharded. A reward model's head is left alone.
     """
     generator = torch.Generator().manual_seed(seed)
-    for stored in _stored(model):
+    for stored in adapter_parameters(model):
         if stored.part == "head":
             continue
         value = torch.zeros(stored.file_shape)
@@ -304,7 +306,7 @@ def initialise_adapter(model: nn.Module, seed: int, place: Place = _copy) -> Non
 
 def adapter_state_dict(model: nn.Module, gather: Gather = _cpu) -> dict[str, torch.Tensor]:
     """The adapter's tensors under PEFT's names and in its layout. Collective where the model is sharded."""
-    return {stored.key: stored.to_file(gather(stored.parameter)) for stored in _stored(model)}
+    return {stored.key: stored.to_file(gather(stored.parameter)) for stored in adapter_parameters(model)}
 
 
 def save_adapter(model: PeftModel, directory: Path, gather: Gather = _cpu, is_main: bool | None = None) -> None:
@@ -334,14 +336,14 @@ def load_adapter_weights(model: PeftModel, directory: Path, place: Place = _copy
     path = directory / ADAPTER_WEIGHTS
     if not path.is_file():
         raise ValueError(f"{directory}: {ADAPTER_WEIGHTS} is missing; it is not an adapter's checkpoint")
-    expected = {stored.key: stored for stored in _stored(model)}
+    expected = {stored.key: stored for stored in adapter_parameters(model)}
     with safe_open(path, framework="pt") as file:
-        _check_tensors(path, file, {key: stored.file_shape for key, stored in expected.items()})
+        check_adapter_file(path, file, {key: stored.file_shape for key, stored in expected.items()})
         for key, stored in expected.items():
             place(stored.parameter, stored.from_file(file.get_tensor(key)))
 
 
-def _check_tensors(path: Path, file: Any, expected: dict[str, tuple[int, ...]]) -> None:
+def check_adapter_file(path: Path, file: Any, expected: dict[str, tuple[int, ...]]) -> None:
     found = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - it is no dict
     for trouble, names in (("missing", expected.keys() - found), ("unexpected", found.keys() - expected)):
         if names:
@@ -414,7 +416,7 @@ def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
     adapted = PeftModel.from_pretrained(model, directory, local_files_only=True)
     expected = {n.replace(f".{ADAPTER}", ""): tuple(p.shape) for n, p in adapted.named_parameters() if ".lora_" in n}
     with safe_open(directory / ADAPTER_WEIGHTS, framework="pt") as file:
-        _check_tensors(directory / ADAPTER_WEIGHTS, file, expected)
+        check_adapter_file(directory / ADAPTER_WEIGHTS, file, expected)
     for path, module in list(adapted.named_modules()):
         if isinstance(module, ParamWrapper) and module.num_experts > 1:
             _merge_experts(module)

@@ -76,14 +76,14 @@ class HubFiles:
 
 
 @torch.no_grad()
-def load_weights(model: nn.Module, directory: Path, leave_out: Collection[str] = ()) -> None:
-    """Fills the local part of every weight, but for those named, from a full checkpoint; each rank reads only what it
-    keeps.
+def load_weights(model: nn.Module, source: Path | HubFiles, leave_out: Collection[str] = ()) -> None:
+    """Fills the local part of every weight, but for those named, from a full checkpoint's directory or files; each rank
+    reads only what it keeps.
 
     Raises:
         ValueError: a tensor is missing or has another shape than the model's configuration says.
     """
-    files = HubFiles(directory)
+    files = source if isinstance(source, HubFiles) else HubFiles(source)
     for name, tensor in hub_tensors(model).items():
         target, part = own_part(tensor)
         if target.numel() and name not in leave_out:

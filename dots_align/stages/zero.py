@@ -27,7 +27,8 @@ from dots_align.checkpoint import load_model
 from dots_align.config import ModelSection
 from dots_align.model.dots1 import materialize, meta_model
 from dots_align.model.lora import PeftModel, adapter_base, add_adapter, save_adapter
-from dots_align.model.sharded_io import HubFiles, Source, fill, hub_tensors, write_files
+from dots_align.model.merged_files import open_weights
+from dots_align.model.sharded_io import Source, fill, hub_tensors, write_files
 from dots_align.runtime import device, is_main_process, leave_to_main, on_main, start_processes
 
 Trainer = TypeVar("Trainer", bound=type)
@@ -179,17 +180,12 @@ def load_trainable(start: ModelSection, recipe: Any) -> tuple[Any, PreTrainedTok
     """The model a stage trains, with its tokenizer: whole with ZeRO-2, partitioned over the processes with ZeRO-3.
 
     Raises:
-        ValueError: as `checkpoint.load_model`; or `start` is an adapter and the model is to be partitioned.
+        ValueError: as `checkpoint.load_model`.
     """
     if recipe.parallel.zero_stage == 2:
         model, tokenizer = load_model(start, device())
     else:
         directory = Path(str(start.path))
-        if adapter_base(directory) is not None:
-            raise ValueError(
-                f"{directory}: an adapter cannot be merged into a partitioned model; `dots-align export {directory}` "
-                "writes the merged checkpoint to start from"
-            )
         start_processes(recipe.parallel.timeout_minutes)
         model = _load_partitioned(start, directory)
         tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -209,8 +205,10 @@ def _load_partitioned(start: ModelSection, directory: Path) -> Any:
 
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(auto_mpi_discovery=False)
-    model: Any = meta_model(directory, start.dtype, start.attn_implementation, start.experts_implementation)
-    files = HubFiles(directory)
+    model: Any = meta_model(
+        adapter_base(directory) or directory, start.dtype, start.attn_implementation, start.experts_implementation
+    )
+    files = open_weights(directory)
     convert: Callable[..., None] | None = None
     for path, module in list(model.named_modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
