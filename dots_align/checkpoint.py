@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Dots1Config, PreTrainedModel, PreTrainedTokenizerBase
 
 from dots_align import __version__
 from dots_align.config import LoraSection, ModelSection, ParallelSection, recipe_dict
 from dots_align.data import synthetic
 from dots_align.data.chat import stop_token_ids
-from dots_align.data.tokenizer import train_tokenizer
+from dots_align.data.tokenizer import load_tokenizer, train_tokenizer
 from dots_align.model.dots1 import create_model, lm_head, load_base_model, materialize, meta_model, preset_config
 from dots_align.model.expert_parallel import check_layout, is_sharded, reshard, shard_model
 from dots_align.model.heads import (
@@ -63,6 +64,7 @@ from dots_align.runtime import (
 MANIFEST = "manifest.json"
 UNSEALED = (MANIFEST, "README.md")  # a model card may be edited without the checkpoint being damaged
 PREFIX = "checkpoint-"
+STORED = ("F32", "BF16", "F16", "F64")
 IDENTIFYING = ("*.safetensors", "config.json", ADAPTER_CONFIG, "tokenizer*", "chat_template*", "vocab*", "merges*")
 
 
@@ -144,6 +146,14 @@ def manifest_for(recipe: Any, step: int, data_hash: str) -> dict[str, Any]:
     }
 
 
+def read_json(path: Path) -> Any:
+    """Raises ValueError, which names it, for a file that holds no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: damaged, no JSON ({error}); copy the checkpoint again") from None
+
+
 def check_whole(directory: str | Path) -> None:
     """Raises ValueError if a checkpoint directory is missing files; sizes are compared, contents are not read."""
     directory = Path(directory)
@@ -190,10 +200,10 @@ def _sampled_sha256(path: Path, pieces: int = 32, size: int = 1 << 15) -> str:
 def _expected_files(directory: Path) -> Iterator[tuple[str, int | None, str]]:
     manifest, index = directory / MANIFEST, directory / "model.safetensors.index.json"
     if manifest.is_file():
-        for name, entry in json.loads(manifest.read_text(encoding="utf-8"))["files"].items():
+        for name, entry in read_json(manifest)["files"].items():
             yield name, entry["bytes"], MANIFEST
     if index.is_file():
-        for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+        for name in sorted(set(read_json(index)["weight_map"].values())):
             yield name, None, index.name
     elif not manifest.is_file() and not (directory / ADAPTER_CONFIG).is_file():
         yield "model.safetensors", None, "every unsharded checkpoint"
@@ -276,8 +286,8 @@ def load_model(
     try:
         loaded = load_base_model(base, model.dtype, model.attn_implementation, model.experts_implementation)
         if base != directory:
-            loaded = merge_adapter(loaded, directory)
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            loaded = merge_adapter(loaded, directory).requires_grad_(True)  # PEFT leaves the base frozen
+        tokenizer = load_tokenizer(directory)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{directory}: cannot be loaded: {error}") from None
     if onto is not None:
@@ -299,6 +309,8 @@ def model_directories(model: ModelSection, scalar_head: bool = False) -> tuple[P
     base = adapter_base(directory) or directory
     if base != directory:
         check_whole(base)
+    _check_config(base)
+    _check_dtypes(base)
     return directory, base
 
 
@@ -332,7 +344,7 @@ def load_trainable(
         return loaded, tokenizer
     directory, base = model_directories(model, scalar_head)
     files = open_weights(directory)
-    tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(directory)
     loaded: Any = meta_model(base, model.dtype, model.attn_implementation, model.experts_implementation)
     if scalar_head:
         attach_scalar_head(loaded)
@@ -401,7 +413,7 @@ def _check_architecture(directory: Path, scalar_head: bool = False) -> None:
     config = directory / "config.json"
     found = [REWARD_MODEL] if is_reward_adapter(directory) else ["Dots1ForCausalLM"]
     if config.is_file():
-        found = json.loads(config.read_text(encoding="utf-8")).get("architectures") or ["none"]
+        found = read_json(config).get("architectures") or ["none"]
     if REWARD_MODEL in found and not scalar_head:
         raise ValueError(
             f"{directory}: this is a reward model, which says how good an answer is and gives none; take the "
@@ -409,6 +421,29 @@ def _check_architecture(directory: Path, scalar_head: bool = False) -> None:
         )
     if "Dots1ForCausalLM" not in found and REWARD_MODEL not in found:
         raise ValueError(f"{directory}: this is a {found[0]} checkpoint; dots_align trains Dots1ForCausalLM")
+
+
+def _check_config(directory: Path) -> None:
+    try:
+        Dots1Config.from_pretrained(directory, local_files_only=True)
+    except (StrictDataclassError, TypeError) as error:
+        raise ValueError(f"{directory / 'config.json'}: {str(error).splitlines()[-1].strip()}") from None
+
+
+def _check_dtypes(directory: Path) -> None:
+    """Raises ValueError if a tensor is quantized: without its scales, its numbers are no weights."""
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, framework="pt") as shard:
+                stored = {name: shard.get_slice(name).get_dtype() for name in shard.keys()}  # noqa: SIM118 - no mapping
+        except SafetensorError as error:
+            raise ValueError(f"{path}: cannot be loaded: {error}; copy it again") from None
+        for name, dtype in stored.items():
+            if dtype not in STORED:
+                raise ValueError(
+                    f"{path}: {name} is stored as {dtype}; dots_align reads {', '.join(STORED)}: give it a checkpoint "
+                    "that is not quantized"
+                )
 
 
 def ensure_start(recipe: Any, run_dir: Path) -> ModelSection:

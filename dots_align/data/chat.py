@@ -58,6 +58,11 @@ class EncodedConversation:
     labels: list[int]
 
 
+def layout_tokens() -> list[str]:
+    """The special tokens that `CHAT_TEMPLATE` writes."""
+    return [token for token in SPECIAL_TOKENS if token in CHAT_TEMPLATE]
+
+
 def as_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": m.role, "content": m.content} for m in messages]
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, Dots1Config, PreTrainedTokenizerBase
+from transformers import Dots1Config, PreTrainedTokenizerBase
 
 from dots_align.checkpoint import MANIFEST, check_whole, load_model, stored_dtype
 from dots_align.config import ModelSection
+from dots_align.data.tokenizer import load_tokenizer
 from dots_align.export.gguf import write_gguf
 from dots_align.export.hf import export_hf
 from dots_align.model.lora import adapter_base
@@ -93,7 +94,7 @@ def parity(checkpoint: Path, prompts: Path | None = None, sources: Sources = Sou
     """
     checkpoint = Path(checkpoint)
     check_whole(checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint, local_files_only=True, trust_remote_code=False)
+    tokenizer = load_tokenizer(checkpoint)
     config = Dots1Config.from_pretrained(adapter_base(checkpoint) or checkpoint, local_files_only=True)
     questions = read_questions(prompts, tokenizer) if prompts else fixed_questions(tokenizer, config.vocab_size)
     asked = ask_all(within_context(questions, config.max_position_embeddings, named=bool(prompts)), tokenizer)

@@ -8,6 +8,7 @@ import importlib.util
 import inspect
 import math
 import sys
+import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
             module = importlib.import_module(place)
         except ImportError as error:
             raise ValueError(f"{key}: cannot import {place!r} ({error}); is it installed, or on PYTHONPATH?") from None
+        except Exception as error:  # noqa: BLE001 - whatever the user's code does when it is read
+            raise ValueError(f"{key}: {place} cannot be loaded: {_told(error)}") from None
     found = getattr(module, function, None)
     if not callable(found):
         raise ValueError(f"{key}: {place} has no function {function!r}")
@@ -58,18 +61,21 @@ def load_reward(name: str, arguments: dict[str, Any], load_model: ModelLoader | 
             return function
         model = load_model(arguments["checkpoint"])
         arguments = {"model": model, **{k: v for k, v in arguments.items() if k != "checkpoint"}}
+    _check_call(function, name, arguments)
     if not arguments:
         return function
-    try:
-        inspect.signature(function).bind(None, **arguments)
-    except TypeError as error:
-        takes = ", ".join(list(inspect.signature(function).parameters)[1:]) or "none"
-        raise ValueError(
-            f"rewards.arguments of {name}: {error}; given are {', '.join(arguments)}, it takes {takes}"
-        ) from None
     filled = functools.partial(function, **arguments)
     functools.update_wrapper(filled, function)  # with the range it declares
     return filled
+
+
+def _check_call(function: Callable[..., Any], name: str, arguments: dict[str, Any]) -> None:
+    signature = inspect.signature(function)
+    try:
+        signature.bind(None, **arguments)
+    except TypeError as error:
+        given, takes = ", ".join(["a response", *arguments]), ", ".join(signature.parameters) or "nothing"
+        raise ValueError(f"rewards.arguments of {name}: {error}; it is given {given}, and takes {takes}") from None
 
 
 def takes_many(function: Callable[..., Any]) -> bool:
@@ -85,8 +91,22 @@ def _load_file(path: Path, key: str) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.setdefault(path.stem, module)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # noqa: BLE001 - as above
+        if sys.modules[path.stem] is module:
+            del sys.modules[path.stem]
+        raise ValueError(f"{key}: {path} cannot be loaded: {_told(error)}") from None
     return module
+
+
+def _told(error: Exception) -> str:
+    """The kind of an error, its message, and the line that raised it."""
+    told = f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError):
+        return told  # which names the line
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{told} ({Path(last.filename).name}, line {last.lineno})"
 
 
 def checked(function: Callable[..., Any], value: Any) -> float:

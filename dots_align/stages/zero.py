@@ -20,11 +20,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from dots_align.checkpoint import load_model
 from dots_align.config import ModelSection
+from dots_align.data.tokenizer import load_tokenizer
 from dots_align.model.dots1 import materialize, meta_model
 from dots_align.model.lora import PeftModel, adapter_base, add_adapter, save_adapter
 from dots_align.model.merged_files import open_weights
@@ -188,7 +189,7 @@ def load_trainable(start: ModelSection, recipe: Any) -> tuple[Any, PreTrainedTok
         directory = Path(str(start.path))
         start_processes(recipe.parallel.timeout_minutes)
         model = _load_partitioned(start, directory)
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+        tokenizer = load_tokenizer(directory)
     if recipe.lora is not None:
         model = add_adapter(model, recipe.lora, str(start.path), recipe.seed)
     return model, tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import Dots1ForCausalLM, PreTrainedTokenizerFast
 
 from dots_align.checkpoint import (
@@ -18,13 +20,16 @@ from dots_align.checkpoint import (
     checkpoints,
     ensure_start,
     load_model,
+    load_trainable,
     newest_whole,
     save_model,
     staged,
     stored_dtype,
     tensor_names,
 )
-from dots_align.config import DataSection, ModelSection, SftRecipe
+from dots_align.config import DataSection, LoraSection, ModelSection, ParallelSection, SftRecipe
+from dots_align.data.chat import CHAT_TEMPLATE
+from dots_align.model.lora import add_adapter
 
 WEIGHTS = "model.safetensors"
 
@@ -177,6 +182,61 @@ def test_loading_torn_weights_is_refused(copied: Path) -> None:
     (copied / "manifest.json").unlink()
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_model(ModelSection(path=str(copied)))
+
+
+@pytest.mark.parametrize("name", ["config.json", "manifest.json", "model.safetensors.index.json"])
+def test_json_that_is_torn_is_named(copied: Path, name: str) -> None:
+    if name != "manifest.json":
+        (copied / "manifest.json").unlink()
+    (copied / name).write_text('{"a')
+    with pytest.raises(ValueError, match=rf"{re.escape(str(copied / name))}: damaged, no JSON"):
+        load_model(ModelSection(path=str(copied)))
+
+
+def test_a_configuration_that_contradicts_itself_is_named(copied: Path) -> None:
+    edit_config(copied, lambda config: config.update(num_hidden_layers=9))
+    with pytest.raises(ValueError, match=r"config\.json: .*`num_hidden_layers` \(9\)") as caught:
+        load_model(ModelSection(path=str(copied)))
+    assert "\n" not in str(caught.value)
+
+
+def test_quantized_weights_are_refused(copied: Path) -> None:
+    """transformers alone would take whole numbers for weights."""
+    tensors = load_file(copied / WEIGHTS)
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
+    save_file(tensors, copied / WEIGHTS, metadata={"format": "pt"})
+    (copied / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors: lm_head\.weight is stored as I8; .* F32, BF16"):
+        load_model(ModelSection(path=str(copied)))
+
+
+def test_weights_without_a_tokenizer_say_what_to_copy(copied: Path) -> None:
+    """As `Dots1ForCausalLM.save_pretrained` leaves them."""
+    for path in (copied / "manifest.json", *copied.glob("tokenizer*")):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"holds no tokenizer; copy tokenizer\.json and tokenizer_config\.json"):
+        load_model(ModelSection(path=str(copied)))
+
+
+def test_a_tokenizer_without_a_template_gets_the_dots_layout_if_it_knows_its_tokens(copied: Path) -> None:
+    (copied / "manifest.json").unlink()
+    (copied / "chat_template.jinja").unlink()
+    assert load_model(ModelSection(path=str(copied)))[1].chat_template == CHAT_TEMPLATE
+    settings = (copied / "tokenizer.json").read_text(encoding="utf-8")
+    (copied / "tokenizer.json").write_text(settings.replace("<|userprompt|>", "<|elsewhere|>"), encoding="utf-8")
+    config = (copied / "tokenizer_config.json").read_text(encoding="utf-8").replace("<|userprompt|>", "<|elsewhere|>")
+    (copied / "tokenizer_config.json").write_text(config, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"no chat template, and no token <\|userprompt\|> of the dots layout"):
+        load_model(ModelSection(path=str(copied)))
+
+
+def test_a_stage_after_lora_trains_all_of_the_merged_model(
+    model: Dots1ForCausalLM, tokenizer: PreTrainedTokenizerFast, model_dir: Path, tmp_path: Path
+) -> None:
+    adapted = add_adapter(model, LoraSection(r=2), str(model_dir), seed=0)
+    save_model(adapted, tokenizer, tmp_path / "adapter")
+    merged, _ = load_trainable(ModelSection(path=str(tmp_path / "adapter")), ParallelSection(), bf16=False)
+    assert all(parameter.requires_grad for parameter in merged.parameters())
 
 
 def test_loading_nothing_says_what_to_give(tmp_path: Path) -> None:

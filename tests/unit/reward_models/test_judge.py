@@ -229,7 +229,8 @@ def test_an_address_that_cannot_be_used(tmp_path: Path, base_url: str) -> None:
 
 
 def test_a_mistyped_argument_is_refused_before_anything_is_scored() -> None:
-    with pytest.raises(ValueError, match=r"^rewards\.arguments of .*given are rubic, it takes base_url, model, rubric"):
+    told = r"^rewards\.arguments of .*given a response, rubic, and takes response, base_url, model, rubric"
+    with pytest.raises(ValueError, match=told):
         RewardSum([RewardSection(function="reward_models.judge:rubric_score", arguments={"rubic": "empathy"})])
 
 

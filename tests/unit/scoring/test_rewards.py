@@ -127,6 +127,32 @@ def test_a_name_that_leads_nowhere_names_the_key(mine: str, name: str, told: str
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("def f(response:\n", "SyntaxError: '(' was never closed (broken.py, line 1)"),
+        ("\nimport no_such_module\n", "ModuleNotFoundError: No module named 'no_such_module' (broken.py, line 2)"),
+        ("import json\n\njson.loads('{')\n", "JSONDecodeError: Expecting property name"),
+    ],
+)
+def test_a_file_that_cannot_be_loaded_tells_where_it_fails(tmp_path: Path, source: str, told: str) -> None:
+    path = tmp_path / "broken.py"
+    path.write_text(source)
+    with pytest.raises(ValueError, match="cannot be loaded") as caught:
+        load_function(f"{path}:f", "rewards.function")
+    assert str(caught.value).startswith(f"rewards.function: {path} cannot be loaded: {told}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_function_that_takes_no_response_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "none.py"
+    path.write_text("def nothing(): return 1\ndef two(response, unit): return 1\n")
+    with pytest.raises(ValueError, match="too many positional arguments; it is given a response, and takes nothing"):
+        RewardSum([RewardSection(function=f"{path}:nothing")])
+    with pytest.raises(ValueError, match=r"'unit'; it is given a response, and takes response, unit"):
+        RewardSum([RewardSection(function=f"{path}:two")])
+
+
 def test_a_reward_sum_complains_before_anything_is_scored() -> None:
     with pytest.raises(ValueError, match=r"^rewards\.function: "):
         RewardSum([RewardSection(function="reward_models.none:f")])
