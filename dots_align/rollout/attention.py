@@ -3,8 +3,8 @@
 transformers hands every attention call the keyword arguments given to the model, so a step object travels to each
 layer as `rollout_step` and does that layer's reading and writing of the cache.
 
-Attention to a prefix is computed once for all the tokens that hang on it, attention to a chain's own tokens chain by
-chain, and the two are merged by their log-sum-exp.
+Attention to a prefix is computed once for all the tokens that hang on it (to a trunk once for all that hang on its
+prefixes), attention to a chain's own tokens chain by chain, and the parts are merged by their log-sum-exp.
 """
 
 from __future__ import annotations
@@ -89,9 +89,18 @@ class CachedStep:
         self.slots = _index(within % pool.block_size, device)
         flash = device.type == "cuda" and pool.keys[0].dtype in (torch.bfloat16, torch.float16)
         part = _FlashPart if flash else _PaddedPart
-        self.parts = [part(plan.starts, plan.tables, plan.cached + counts, True, device)]
-        if len(plan.prefix_lengths):
-            self.parts.append(part(plan.prefix_starts, plan.prefix_tables, plan.prefix_lengths, False, device))
+        self.parts: list[_FlashPart | _PaddedPart] = [
+            part(plan.starts, plan.tables, plan.cached + counts, True, device)
+        ]
+        tables, lengths = plan.prefix_tables, plan.prefix_lengths
+        # Flash attention reads pages from where they are, so that a trunk would save little; and a sequence's numbers
+        # would depend on whether another one shares it.
+        if len(plan.trunk_lengths) and not flash:
+            trunks, in_trunks = plan.trunk_starts[:-1], plan.prefix_starts[plan.trunk_starts]
+            self.parts.append(part(in_trunks, tables[trunks], plan.trunk_lengths, False, device))
+            tables, lengths = _without_trunks(plan, pool.block_size)
+        if len(lengths):
+            self.parts.append(part(plan.prefix_starts, tables, lengths, False, device))
 
     def attend(
         self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
@@ -99,15 +108,27 @@ class CachedStep:
         keys, values = self.pool.keys[layer], self.pool.values[layer]
         keys[self.blocks, self.slots] = key
         values[self.blocks, self.slots] = value
-        own, *prefix = self.parts
+        own, *others = self.parts
         out, total = own.attend(query, keys, values, scaling)
-        if not prefix:
-            return out
-        first = prefix[0].first
-        other, other_total = prefix[0].attend(query[first:], keys, values, scaling)
-        share = torch.sigmoid(total[first:] - other_total).unsqueeze(-1)  # exp(a) / (exp(a) + exp(b))
-        merged = (share * out[first:] + (1 - share) * other).to(out.dtype)
-        return merged if first == 0 else torch.cat([out[:first], merged])
+        for part in others:
+            first = part.first
+            other, other_total = part.attend(query[first:], keys, values, scaling)
+            share = torch.sigmoid(total[first:] - other_total).unsqueeze(-1)  # exp(a) / (exp(a) + exp(b))
+            out[first:] = share * out[first:] + (1 - share) * other
+            total[first:] = torch.logaddexp(total[first:], other_total)
+        return out
+
+
+def _without_trunks(plan: ForwardPlan, block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tables [P, B] and lengths [P] of what prefixes have beyond their trunks."""
+    trunk = np.zeros(len(plan.prefix_lengths), np.int32)
+    trunk[plan.trunk_starts[0] :] = np.repeat(plan.trunk_lengths, np.diff(plan.trunk_starts))
+    lengths = plan.prefix_lengths - trunk
+    width = max(-(-int(lengths.max()) // block_size), 1)
+    at = np.minimum(trunk[:, None] // block_size + np.arange(width), plan.prefix_tables.shape[1] - 1)
+    # Behind the last block of a prefix comes its first one, as everywhere.
+    at[np.arange(width) * block_size >= lengths[:, None]] = 0
+    return np.take_along_axis(plan.prefix_tables, at, 1), lengths
 
 
 def _index(values: np.ndarray, device: torch.device) -> torch.Tensor:

@@ -42,7 +42,7 @@ class BlockPool:
         self.keys = [_zeros(shape, dtype, device) for _ in range(num_layers)]
         self.values = [_zeros(shape, dtype, device) for _ in range(num_layers)]
         self._free = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)  # a stack: the last entry goes first
-        self._num_free = num_blocks
+        self._num_free, self._in_order = num_blocks, True
         self._holders = np.zeros(num_blocks, np.int32)
         self.peak_blocks = 0
 
@@ -55,8 +55,14 @@ class BlockPool:
         return 2 * sum(layer[0].numel() * layer.element_size() for layer in self.keys)
 
     def take(self, count: int) -> np.ndarray:
-        """[count] int32 ids of blocks nobody holds. The caller has made sure that there are as many."""
+        """[count] int32 ids of blocks nobody holds. The caller has made sure that there are as many.
+
+        The lowest ones: memory that has been used before costs less than memory that has not.
+        """
         assert count <= self._num_free, f"{count} blocks asked of {self._num_free}"
+        if not self._in_order:
+            self._free[: self._num_free] = np.sort(self._free[: self._num_free])[::-1]
+            self._in_order = True
         self._num_free -= count
         self.peak_blocks = max(self.peak_blocks, self.num_blocks - self._num_free)
         taken = self._free[self._num_free : self._num_free + count].copy()
@@ -74,6 +80,7 @@ class BlockPool:
         free = blocks[self._holders[blocks] == 0]
         self._free[self._num_free : self._num_free + len(free)] = free
         self._num_free += len(free)
+        self._in_order = False
         return free
 
     def grow(self, num_blocks: int) -> None:
@@ -87,7 +94,7 @@ class BlockPool:
         self._free = np.zeros(num_blocks, np.int32)
         self._free[: len(free)] = free
         self._holders = np.concatenate([self._holders, np.zeros(num_blocks - self.num_blocks, np.int32)])
-        self._num_free, self.num_blocks = len(free), num_blocks
+        self._num_free, self.num_blocks, self._in_order = len(free), num_blocks, False
 
     def erase(self, blocks: np.ndarray) -> None:
         """Makes blocks that may hold NaN or infinity harmless for whoever takes them next."""

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from dots_align.rollout.kv_cache import BlockPool
-from dots_align.rollout.plan import ForwardPlan
+from dots_align.rollout.plan import ForwardPlan, find_trunks
 from dots_align.rollout.prefix_cache import Key, PrefixCache
 from dots_align.rollout.sequences import Progress, Rows
 from dots_align.types import GenerationRequest, Sample
@@ -250,10 +250,10 @@ class Scheduler:
         if len(found) <= had:
             return
         assert self.pool is not None
-        blocks = np.array(found, np.int32)
+        blocks, own = np.array(found, np.int32), len(prefix.blocks) - len(found)
         self.pool.share(blocks[had:])
-        self._release(prefix.blocks[had : len(found)], erase=False)
-        prefix.blocks = np.concatenate([blocks, prefix.blocks[len(found) :]])
+        self._release(prefix.blocks[had:], erase=False)
+        prefix.blocks = np.concatenate([blocks, self.pool.take(own)])  # not those: they lie far from each other
         self.prefix_cache.num_reused += (len(found) - had) * self.block_size
         prefix.computed = prefix.reused = len(found) * self.block_size
         if prefix.routes is not None:
@@ -343,8 +343,7 @@ class Scheduler:
         prompts = self._prompts_to_read(room)
         if not prompts and not len(chosen):
             return None
-        order = np.argsort(rows.prefix[chosen], kind="stable")
-        return self._step(prompts, chosen[order], counts[order])
+        return self._step(prompts, chosen, counts)
 
     def _prompts_to_read(self, room: int) -> list[tuple[int, int]]:
         """(prefix slot, tokens) to read next, `room` in all. What goes on as another one does waits until that has been
@@ -368,6 +367,11 @@ class Scheduler:
     def _step(self, prompts: list[tuple[int, int]], chosen: np.ndarray, counts: np.ndarray) -> Step:
         rows = self.rows
         pieces = [(p, count) for slot, count in prompts if (p := self.prefixes[slot]) is not None]
+        slots, prefix_of = np.unique(rows.prefix[chosen], return_inverse=True)
+        found, *trunks = find_trunks(self._prefix_tables(slots), self.prefix_lengths[slots], self.block_size)
+        slots, prefix_of = slots[found], np.argsort(found)[prefix_of]
+        order = np.argsort(prefix_of, kind="stable")
+        chosen, counts = chosen[order], counts[order]
         computed = rows.computed[chosen]
         of_chain = np.repeat(np.arange(len(chosen)), counts)
         ends = np.cumsum(counts)
@@ -376,7 +380,7 @@ class Scheduler:
         row_positions = self.prefix_lengths[rows.prefix[chosen]][of_chain] + within
         prompt_counts = np.array([count for _, count in pieces], np.int64)
         num_prompt_tokens = int(prompt_counts.sum())
-        slots, first = np.unique(rows.prefix[chosen], return_index=True)
+        first = np.searchsorted(prefix_of[order], np.arange(len(slots)))
         starts = np.concatenate([[0], np.cumsum(np.concatenate([prompt_counts, counts]))])
         ends_row = computed + counts == rows.length[chosen]
         ready = [p.computed + count == len(p.tokens) for p, count in pieces]
@@ -391,6 +395,8 @@ class Scheduler:
             prefix_tables=self._prefix_tables(slots),
             prefix_lengths=self.prefix_lengths[slots],
             logits_at=_ints([starts[1:][wanted] - 1]),
+            trunk_starts=trunks[0],
+            trunk_lengths=trunks[1],
         )
         done = [slot for (slot, _), is_ready in zip(prompts, ready, strict=True) if is_ready]
         return Step(plan, prompts, chosen, counts, chosen[ends_row], done)

@@ -12,14 +12,22 @@ class Attention {
     static constexpr int SEGMENT = 64;     // tokens of a unit, at most
     static constexpr int UNIT_HEADS = 8;   // heads of a unit, at most: neighbours in a row of the cache
     static constexpr int PANELS = SEGMENT / LANES;
+    static constexpr int FEW = 6;          // queries that are faster one by one than as lanes of a panel
 
+    // Tokens that hang on neighbouring prefixes, from `prefix` on, which begin with the same `trunk` keys; or, with
+    // prefix -1, of a chain that has none.
     struct Segment {
-        int prefix;  // -1: none
-        int begin, end;
+        int prefix, trunk, begin, end;
     };
-    // Of one head and a segment's tokens: o [SEGMENT, D], m [SEGMENT], l [SEGMENT].
+    // Of one head and a segment's tokens: o [SEGMENT, D], m [SEGMENT], l [SEGMENT]. What has seen some keys goes on with
+    // the next ones from here, in either shape.
     struct Partial {
         float *o, *m, *l;
+        void clear(int count, int d) const {
+            memset(o, 0, sizeof(float) * count * d);
+            std::fill_n(m, count, -INFINITY);
+            std::fill_n(l, count, 0.f);
+        }
     };
     // Up to KEYS cached tokens of a table: offsets of their rows in a layer's keys and values.
     struct Rows {
@@ -68,22 +76,23 @@ class Attention {
                 *part = {memory, memory + SEGMENT * D, memory + SEGMENT * (D + 1)};
                 memory += size;
             }
-        const int length = segment.prefix < 0 ? 0 : plan.prefix_lengths[segment.prefix];
-        if (length > 0)
-            panels(me, layer, first, heads, plan.prefix_tables + (size_t)segment.prefix * plan.prefix_table_width, length,
-                   segment.begin, segment.end, segment.begin, prefix, [&](int) { return length; });
+        for (int h = 0; h < heads; ++h) own[h].clear(segment.end - segment.begin, D);
+        if (segment.prefix >= 0) {
+            for (int h = 0; h < heads; ++h) prefix[h].clear(segment.end - segment.begin, D);
+            read_prefixes(me, layer, first, heads, segment, prefix);
+        }
         for (int begin = segment.begin, end; begin < segment.end; begin = end) {
             const int c = chain_of[begin];
             end = std::min(segment.end, plan.starts[c + 1]);
             if (end - begin == 1)
-                token(layer, first, heads, begin, own, begin - segment.begin);
+                rows(me, layer, first, heads, table_of(c), 0, visible(c, begin), begin, end, segment.begin, own);
             else
-                panels(me, layer, first, heads, table_of(c), visible(c, end - 1), begin, end, segment.begin, own,
+                panels(me, layer, first, heads, table_of(c), 0, visible(c, end - 1), begin, end, segment.begin, own,
                        [&](int t) { return visible(c, t); });
         }
         for (int h = 0; h < heads; ++h)
             for (int at = segment.begin; at < segment.end; at += LANES)
-                merge(at, std::min(LANES, segment.end - at), at - segment.begin, own[h], length > 0 ? &prefix[h] : nullptr,
+                merge(at, std::min(LANES, segment.end - at), at - segment.begin, own[h], segment.prefix < 0 ? nullptr : &prefix[h],
                       first + h);
     }
 
@@ -91,14 +100,42 @@ class Attention {
     int visible(int chain, int token) const { return plan.cached[chain] + token - plan.starts[chain] + 1; }
     const int32_t* table_of(int chain) const { return plan.tables + (size_t)chain * plan.table_width; }
 
-    // Tokens that share a prefix, or one chain's tokens where there is none.
     void find_segments() {
-        const auto cut = [&](int prefix, int begin, int end) {
-            for (int at = begin; at < end; at += SEGMENT) segments.push_back({prefix, at, std::min(end, at + SEGMENT)});
+        const auto cut = [&](int prefix, int trunk, int begin, int end) {
+            for (int at = begin; at < end; at += SEGMENT) {
+                while (prefix >= 0 && plan.prefix_starts[prefix + 1] <= at) ++prefix;
+                segments.push_back({prefix, trunk, at, std::min(end, at + SEGMENT)});
+            }
         };
         const int first = plan.prefixes ? plan.prefix_starts[0] : plan.tokens;
-        for (int c = 0; c < plan.chains && plan.starts[c] < first; ++c) cut(-1, plan.starts[c], plan.starts[c + 1]);
-        for (int p = 0; p < plan.prefixes; ++p) cut(p, plan.prefix_starts[p], plan.prefix_starts[p + 1]);
+        for (int c = 0; c < plan.chains && plan.starts[c] < first; ++c) cut(-1, 0, plan.starts[c], plan.starts[c + 1]);
+        const int alone = plan.trunks ? plan.trunk_starts[0] : plan.prefixes;
+        for (int p = 0; p < alone; ++p) cut(p, 0, plan.prefix_starts[p], plan.prefix_starts[p + 1]);
+        for (int t = 0; t < plan.trunks; ++t) {
+            const int p = plan.trunk_starts[t], end = plan.trunk_starts[t + 1];
+            // Whole blocks of keys: a query's bits do not tell where others left it.
+            cut(p, plan.trunk_lengths[t] / KEYS * KEYS, plan.prefix_starts[p], plan.prefix_starts[end]);
+        }
+    }
+
+    // The prefixes of a segment's tokens: their trunk for all of them, the rest of each for its own.
+    void read_prefixes(Member& me, int layer, int first_head, int heads, const Segment& segment, const Partial* results) {
+        const auto read = [&](int prefix, int first_key, int end_key, int begin, int end) {
+            if (first_key >= end_key || begin >= end) return;
+            const int32_t* table = plan.prefix_tables + (size_t)prefix * plan.prefix_table_width;
+            if (end - begin <= FEW)
+                rows(me, layer, first_head, heads, table, first_key, end_key, begin, end, segment.begin, results);
+            else
+                panels(me, layer, first_head, heads, table, first_key, end_key, begin, end, segment.begin, results,
+                       [&](int) { return end_key; });
+        };
+        read(segment.prefix, 0, segment.trunk, segment.begin, segment.end);
+        int begin = segment.begin;
+        for (int p = segment.prefix; begin < segment.end; ++p) {
+            const int end = std::min(segment.end, plan.prefix_starts[p + 1]);
+            read(p, segment.trunk, plan.prefix_lengths[p], begin, end);
+            begin = end;
+        }
     }
 
     void find_rows(const int32_t* table, int first, int end, Rows& rows) const {
@@ -130,10 +167,11 @@ class Attention {
             }
     }
 
-    // Queries `begin` ... `end` over the first `keys` of a table, of which token t sees `visible_at(t)`.
+    // Queries `begin` ... `end` over keys `first_key` ... `end_key` of a table, of which token t sees those before
+    // `visible_at(t)`.
     template <class Visible>
-    void panels(Member& me, int layer, int first_head, int heads, const int32_t* table, int keys, int begin, int end,
-                int base, const Partial* results, const Visible& visible_at) {
+    void panels(Member& me, int layer, int first_head, int heads, const int32_t* table, int first_key, int end_key,
+                int begin, int end, int base, const Partial* results, const Visible& visible_at) {
         const int count = (end - begin + LANES - 1) / LANES;
         const size_t q_size = (size_t)D / STEP * LANES, o_size = (size_t)D * LANES;
         uint32_t* q = me.scratch[2].get<uint32_t>(q_size * PANELS * UNIT_HEADS);
@@ -141,20 +179,25 @@ class Attention {
         PanelState states[UNIT_HEADS * PANELS];
         int seen[SEGMENT];
         for (int i = 0; i < count * LANES; ++i) seen[i] = visible_at(std::min(begin + i, end - 1));
-        memset(o, 0, o_size * heads * count * sizeof(float));
         for (int i = 0; i < heads * count; ++i) {
-            const void* from[LANES];
+            const void *from[LANES], *before[LANES];
             const int first = begin + i % count * LANES, lanes = std::min(LANES, end - first);
-            for (int t = 0; t < lanes; ++t) from[t] = queries + (size_t)(first + t) * q_width + (first_head + i / count) * D;
-            rows_to_panel(from, lanes, D / STEP, q + i * q_size);
+            const Partial& result = results[i / count];
+            for (int t = 0; t < LANES; ++t) {
+                const int token = first + std::min(t, lanes - 1);
+                from[t] = queries + (size_t)token * q_width + (first_head + i / count) * D;
+                before[t] = result.o + (size_t)(token - base) * D;
+                states[i].m[t] = result.m[token - base];
+                states[i].l[t] = result.l[token - base];
+            }
             states[i].o = o + i * o_size;
-            std::fill_n(states[i].m, LANES, -INFINITY);
-            std::fill_n(states[i].l, LANES, 0.f);
+            rows_to_panel(from, LANES, D / STEP, q + i * q_size);
+            rows_to_panel(before, LANES, D, (uint32_t*)states[i].o);
         }
         Rows rows;
         KeyBlock<T> block;
-        for (int first = 0; first < keys; first += KEYS) {
-            find_rows(table, first, keys, rows);
+        for (int first = first_key; first < end_key; first += KEYS) {
+            find_rows(table, first, end_key, rows);
             touch(layer, first_head, heads, rows);
             for (int h = 0; h < heads; ++h) {
                 point(layer, first_head + h, rows, block);
@@ -184,24 +227,29 @@ class Attention {
         }
     }
 
-    // One token over its own chain.
-    void token(int layer, int first_head, int heads, int token, const Partial* results, int index) const {
-        const int c = chain_of[token], keys = visible(c, token);
-        alignas(64) float o[UNIT_HEADS][MAX_HEAD + 2 * LANES];
-        memset(o, 0, sizeof o[0] * heads);
-        for (int h = 0; h < heads; ++h) results[h].m[index] = -INFINITY, results[h].l[index] = 0.f;
+    // The same for a few queries, which see all the keys.
+    void rows(Member& me, int layer, int first_head, int heads, const int32_t* table, int first_key, int end_key, int begin,
+              int end, int base, const Partial* results) const {
+        const int count = end - begin, width = row_width<T>(D);
+        float* o = me.scratch[7].get<float>(UNIT_HEADS * FEW * (MAX_HEAD + 2 * LANES));
+        for (int i = 0; i < heads * count; ++i)
+            from_row_order<T>(results[i / count].o + (size_t)(begin - base + i % count) * D, D, o + i * width);
         Rows rows;
         KeyBlock<T> block;
-        for (int first = 0; first < keys; first += KEYS) {
-            find_rows(table_of(c), first, keys, rows);
+        for (int first = first_key; first < end_key; first += KEYS) {
+            find_rows(table, first, end_key, rows);
             touch(layer, first_head, heads, rows);
             for (int h = 0; h < heads; ++h) {
                 point(layer, first_head + h, rows, block);
-                const T* q = queries + (size_t)token * q_width + (first_head + h) * D;
-                attend_row(q, D, block, m.score_scale, results[h].m[index], results[h].l[index], o[h]);
+                for (int t = 0; t < count; ++t) {
+                    const T* q = queries + (size_t)(begin + t) * q_width + (first_head + h) * D;
+                    const int at = begin - base + t;
+                    attend_row(q, D, block, m.score_scale, results[h].m[at], results[h].l[at], o + (h * count + t) * width);
+                }
             }
         }
-        for (int h = 0; h < heads; ++h) row_order<T>(o[h], D, results[h].o + (size_t)index * D);
+        for (int i = 0; i < heads * count; ++i)
+            row_order<T>(o + i * width, D, results[i / count].o + (size_t)(begin - base + i % count) * D);
     }
 
     // Both parts of up to 16 tokens by log-sum-exp, into `attended`. `at`: of the first of them in the partial results.

@@ -229,6 +229,12 @@ static void attend_row(const T* q, int d, const KeyBlock<T>& block, float scale,
     }
 }
 
+// Floats of the `o` of `attend_row`.
+template <class T>
+INLINE int row_width(int d) {
+    return Precision<T>::STEP == 1 ? d : (d / 2 + LANES - 1) / LANES * LANES * 2;
+}
+
 // `o` of `attend_row` -> [d] in ascending order.
 template <class T>
 INLINE void row_order(const float* o, int d, float* row) {
@@ -236,6 +242,17 @@ INLINE void row_order(const float* o, int d, float* row) {
         memcpy(row, o, d * sizeof(float));
         return;
     }
-    const int padded = (d / 2 + LANES - 1) / LANES * LANES;
+    const int padded = row_width<T>(d) / 2;
     for (int i = 0; i < d / 2; ++i) row[2 * i] = o[i], row[2 * i + 1] = o[padded + i];
+}
+
+template <class T>
+INLINE void from_row_order(const float* row, int d, float* o) {
+    if (Precision<T>::STEP == 1) {
+        memcpy(o, row, d * sizeof(float));
+        return;
+    }
+    const int padded = row_width<T>(d) / 2;
+    memset(o, 0, sizeof(float) * 2 * padded);
+    for (int i = 0; i < d / 2; ++i) o[i] = row[2 * i], o[padded + i] = row[2 * i + 1];
 }

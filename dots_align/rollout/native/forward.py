@@ -58,9 +58,9 @@ _Shape = _struct(
 )
 _Plan = _struct(
     "PlanArrays",
-    pointers="ids position starts cached tables prefix_starts prefix_tables prefix_lengths logits_at cosines sines "
-    "keys values out_logits out_routes",
-    ints="tokens chains table_width prefixes prefix_table_width logits block_size",
+    pointers="ids position starts cached tables prefix_starts prefix_tables prefix_lengths logits_at trunk_starts "
+    "trunk_lengths cosines sines keys values out_logits out_routes",
+    ints="tokens chains table_width prefixes prefix_table_width logits block_size trunks",
 )
 _Sampling = _struct(
     "SamplingArrays",
@@ -270,6 +270,8 @@ class NativeForward:
             prefix_tables=plan.prefix_tables.ctypes.data,
             prefix_lengths=plan.prefix_lengths.ctypes.data,
             logits_at=plan.logits_at.ctypes.data,
+            trunk_starts=plan.trunk_starts.ctypes.data,
+            trunk_lengths=plan.trunk_lengths.ctypes.data,
             cosines=self._cosines.ctypes.data,
             sines=self._sines.ctypes.data,
             keys=ctypes.cast(keys, _Pointer),
@@ -283,6 +285,7 @@ class NativeForward:
             prefix_table_width=plan.prefix_tables.shape[1],
             logits=len(plan.logits_at),
             block_size=pool.block_size,
+            trunks=len(plan.trunk_lengths),
         )
         self._library.dots_native_forward(self._handle, ctypes.byref(arrays), torch.get_num_threads())
         return logits, routes
@@ -315,7 +318,7 @@ class NativeForward:
     def _check_plan(self, plan: ForwardPlan, num_blocks: int, block_size: int) -> None:
         """Everything that C++ uses as an index."""
         config, n = self.config, plan.num_tokens
-        chains, prefixes = len(plan.cached), len(plan.prefix_lengths)
+        chains, prefixes, trunks = len(plan.cached), len(plan.prefix_lengths), len(plan.trunk_lengths)
         for name, array, shape in (
             ("tokens", plan.tokens, (n,)),
             ("positions", plan.positions, (n,)),
@@ -326,6 +329,8 @@ class NativeForward:
             ("prefix_tables", plan.prefix_tables, (prefixes, plan.prefix_tables.shape[-1])),
             ("prefix_lengths", plan.prefix_lengths, (prefixes,)),
             ("logits_at", plan.logits_at, (len(plan.logits_at),)),
+            ("trunk_starts", plan.trunk_starts, (trunks + 1,)),
+            ("trunk_lengths", plan.trunk_lengths, (trunks,)),
         ):
             right = array.dtype == np.int32 and array.shape == shape and array.flags.c_contiguous
             _check(not right, f"{name} is {array.dtype} {array.shape}, not contiguous int32 {shape}")
@@ -349,6 +354,13 @@ class NativeForward:
             _check(not at_chains or plan.prefix_starts[-1] != n, "prefix_starts are no starts of chains up to the end")
             longest = plan.prefix_tables.shape[1] * block_size
             _check(outside(plan.prefix_lengths, longest + 1), "a prefix is longer than its blocks")
+        if trunks:
+            sizes = np.diff(plan.trunk_starts)
+            apart = plan.trunk_starts[0] < 0 or (sizes <= 0).any() or plan.trunk_starts[-1] != prefixes
+            _check(apart, "trunk_starts do not ascend to the number of prefixes")
+            shortest = np.minimum.reduceat(plan.prefix_lengths, plan.trunk_starts[:-1])
+            too_long = (plan.trunk_lengths < 0).any() or (plan.trunk_lengths > shortest).any()
+            _check(too_long, "a trunk is longer than a prefix that begins with it")
 
     # ------------------------------------------------------------------------------------------------------- sampling
 

@@ -33,12 +33,13 @@ struct ModelShape {
 
 struct PlanArrays {
     const int32_t *ids, *position, *starts, *cached, *tables, *prefix_starts, *prefix_tables, *prefix_lengths, *logits_at;
+    const int32_t *trunk_starts, *trunk_lengths;
     const float *cosines, *sines;  // [positions, head_dim / 2]
     void* const* keys;             // [layers] -> [blocks, block_size, kv_heads, head_dim]
     void* const* values;
     float* out_logits;    // [logits, vocab]
     uint8_t* out_routes;  // [tokens, moe layers, top_k] or null
-    int32_t tokens, chains, table_width, prefixes, prefix_table_width, logits, block_size;
+    int32_t tokens, chains, table_width, prefixes, prefix_table_width, logits, block_size, trunks;
 };
 
 enum Phase { EMBED, QKV, ATTENTION, OUTPUT, ROUTER, EXPERTS, COMBINE, MLP, HEAD, SAMPLING, WAITING, PHASES };
