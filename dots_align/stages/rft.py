@@ -158,6 +158,13 @@ def _scored(
 # ------------------------------------------------------------------------------------------------------------- select
 
 
+def _teaches(sample: dict[str, Any]) -> bool:
+    """Whether there is something to learn from an answer, if it is right: one that was cut off would be learned with an
+    end it never had, one without words is refused as training data.
+    """
+    return sample["finish_reason"] == "stop" and bool(sample["text"].strip())
+
+
 def _select(
     recipe: RftRecipe,
     start: ModelSection,
@@ -169,8 +176,7 @@ def _select(
     lines = {line["index"]: line for line in _lines(directory / SAMPLES)}
     scores = {line["index"]: line for line in _lines(directory / SCORES)}
     answers = [
-        # An answer that was cut off would be learned with an end it never had.
-        Answer(index, number, s["text"], s["finish_reason"] == "stop" and reward >= recipe.selection.min_reward)
+        Answer(index, number, s["text"], _teaches(s) and reward >= recipe.selection.min_reward)
         for index, line in sorted(lines.items())
         for number, (s, reward) in enumerate(zip(line["samples"], scores[index]["rewards"], strict=True))
     ]

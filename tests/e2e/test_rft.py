@@ -49,7 +49,8 @@ def test_right_answers_are_selected_counted_and_trained_on_and_a_dead_run_goes_o
     samples, selected = lines(left / "samples.jsonl"), lines(left / "selected.jsonl")
     counts = json.loads((left / "counts.json").read_text())
     answers = {(line["source"], i): s for line in samples for i, s in enumerate(line["samples"])}
-    right = {k for k, s in answers.items() if s["finish_reason"] == "stop" and s["num_tokens"] % 2 == 0}
+    ended = {k: s for k, s in answers.items() if s["finish_reason"] == "stop"}
+    right = {k for k, s in ended.items() if s["num_tokens"] % 2 == 0 and s["text"].strip()}
     own = [line for line in selected if line["origin"] == "sampled"]
     assert own
     for line in own:
