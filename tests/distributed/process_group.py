@@ -1,35 +1,33 @@
-"""Runs a function on several processes of one gloo group, forked from one server that has the imports done already."""
+"""Runs a function on several processes of one gloo group, forked from the server of tests/forked.py."""
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import queue
+import random
 import socket
 import time
 import traceback
 from collections.abc import Callable
 from typing import Any
 
-PRELOAD = [
-    "torch",
-    "transformers",
-    "trl",
-    "peft",
-    "datasets",
-    "dots_align.cli",
-    "router_cases",
-    "sharding_cases",
-    "stage_cases",
-    "sync_cases",
-]
-TIMEOUT_SECONDS = 300
+import forked
+import torch.distributed as dist
+
+TIMEOUT_SECONDS = 900
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One that nobody uses, and that the kernel gives nobody by itself: until whoever asked listens on it, other tests
+    open hundreds of connections.
+    """
+    while True:
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port := random.SystemRandom().randrange(20_000, 32_000)))
+                return port
+            except OSError:
+                continue
 
 
 def _worker(
@@ -42,6 +40,7 @@ def _worker(
         LOCAL_WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
+        TORCHELASTIC_USE_AGENT_STORE="True",  # the port is that of a store which `launch` keeps
         OMP_NUM_THREADS="1",
         DOTS_ALIGN_DEVICE="cpu",
     )
@@ -59,12 +58,11 @@ def launch(world_size: int, function: Callable[..., Any], *arguments: Any, dying
     """What `function(*arguments)` returned on each rank, None for those that are meant to die; raises with the first
     failing rank's traceback.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
+    context = forked.context()
     results = context.Queue()
-    port = free_port()
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     workers = [
-        context.Process(target=_worker, args=(rank, world_size, port, results, function, arguments), daemon=True)
+        context.Process(target=_worker, args=(rank, world_size, store.port, results, function, arguments), daemon=True)
         for rank in range(world_size)
     ]
     for worker in workers:

@@ -1,14 +1,14 @@
 """The real command line: in this process where that is enough, in a fresh one where the process is the point."""
 
 import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from forked import Forked, program
 
 from dots_align import cli
 
@@ -51,22 +51,19 @@ def start(recipe: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
     return run_dir / "last"
 
 
-@pytest.fixture(scope="session")
-def spawn(repo_root: Path) -> Callable[..., subprocess.Popen[str]]:
-    """Starts `python -m dots_align …` in a process of its own."""
+@pytest.fixture
+def spawn(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Forked]]:
+    """Starts a command in a process of its own; it is a copy of one that has imported everything already."""
+    started: list[Forked] = []
 
-    def run(*arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-        environment = {**os.environ, "PYTHONPATH": str(repo_root)}
-        return subprocess.Popen(
-            [sys.executable, "-m", "dots_align", *map(str, arguments)],
-            cwd=cwd or repo_root,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def run(*arguments: Any) -> Forked:
+        output = tmp_path_factory.mktemp("said") / "output.txt"
+        started.append(Forked(program, list(map(str, arguments)), output=output, cwd=repo_root))
+        return started[-1]
 
-    return run
+    yield run
+    for process in started:
+        process.kill()
 
 
 @pytest.fixture
@@ -75,7 +72,7 @@ def quick_bench(repo_root: Path) -> Callable[..., dict[str, Any]]:
 
     def run(name: str, *arguments: str) -> dict[str, Any]:
         command = [sys.executable, str(repo_root / "scripts" / f"{name}.py"), "--quick", *arguments]
-        done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=900, check=False)
         assert done.returncode == 0, done.stderr
         label, _, text = done.stdout.splitlines()[-1].partition(" ")
         found = json.loads(text)

@@ -1,11 +1,12 @@
 """`dots-align eval CHECKPOINT --tasks …` through the real command line, killed and gone on with."""
 
 import json
-import time
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked import until
 
 from dots_align import cli
 
@@ -21,16 +22,15 @@ def data(tmp_path: Path) -> Path:
 def test_a_killed_evaluation_goes_on_to_the_same_result(start: Path, data: Path, tmp_path: Path, spawn, capsys):
     arguments = ["eval", str(start), "max_tokens=100", "--tasks", "gsm8k", "--data", str(data)]
     process = spawn(*arguments, "--output", str(tmp_path / "killed"))
-    lines: list[str] = []
-    for _ in range(600):
-        time.sleep(0.1)
+
+    def lines() -> list[str]:
         parts = list((tmp_path / "killed").glob(".gsm8k-*.part-0.jsonl"))
-        lines = parts[0].read_text().splitlines() if parts else []
-        if lines or process.poll() is not None:
-            break
+        return parts[0].read_text().splitlines() if parts else []
+
+    until(lines, process)
     process.kill()
-    told, _ = process.communicate()
-    assert 0 < len(lines) < 270, f"it was to be killed in the middle: {told}"
+    assert process.wait() == -signal.SIGKILL
+    assert 0 < len(lines()) < 270, f"it was to be killed in the middle: {process.said()}"
     for name in ("killed", "whole"):
         cli.main([*arguments, "--output", str(tmp_path / name)])
     printed = capsys.readouterr().out

@@ -1,17 +1,15 @@
 """kill -9 in the middle, the same command again: the final weights equal those of the run that was left alone."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import kill_points
 import pytest
+from forked import Forked, until
 
 from tests.e2e.conftest import QUICK_GRPO
 
@@ -56,26 +54,22 @@ def steps_logged(run_dir: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines() if line.endswith("}")]
 
 
-def run_to_the_end(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=300)
+def run_to_the_end(process: Forked) -> str:
+    output, _ = process.communicate()
     assert process.returncode == 0, output
     return output
 
 
-def kill_after_step(process: subprocess.Popen[str], run_dir: Path, step: int) -> None:
-    deadline = time.monotonic() + 240
-    while max(steps_logged(run_dir), default=0) < step:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, f"step {step} was not reached"
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+def kill_after_step(process: Forked, run_dir: Path, step: int) -> None:
+    until(lambda: max(steps_logged(run_dir), default=0) >= step, process)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "keys", "die_at", "last"), [("sft", SFT, 6, 12), ("ppo", PPO, 3, 6)])
 def test_killed_run_resumes_to_the_same_weights(
-    spawn: Callable[..., subprocess.Popen[str]],
+    spawn: Callable[..., Forked],
     recipe: Callable[[str], str],
     start: Path,
     tmp_path: Path,
@@ -127,33 +121,13 @@ def log_without_times(run_dir: Path) -> list[dict[str, Any]]:
     return [{name: v for name, v in line.items() if name != "time" and "seconds" not in name} for line in lines]
 
 
-@pytest.fixture
-def forks(repo_root: Path) -> Iterator[Callable[..., int]]:
-    """Runs a command in a process that kills itself, as tests/e2e/kill_points.py has it; returns its exit status."""
-    script = repo_root / "tests" / "e2e" / "kill_points.py"
-    environment = {**os.environ, "PYTHONPATH": str(repo_root)}
-    with subprocess.Popen(
-        [sys.executable, script], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
-        assert server.stdin is not None
-        assert server.stdout is not None
-
-        def run(**told: Any) -> int:
-            server.stdin.write(json.dumps(told) + "\n")
-            server.stdin.flush()
-            return int(server.stdout.readline())
-
-        yield run
-        server.stdin.close()
-
-
 POINTS = {"rollout": (1, 40), "scoring": (2, 8), "update": (2, 6), "save": (3, 2)}
 """Of each phase in kill_points.py how many points there are, and the latest call drawn."""
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_ten_random_points_comes_to_the_same_weights(
-    recipe: Callable[[str], str], start: Path, tmp_path: Path, forks: Callable[..., int]
+    recipe: Callable[[str], str], start: Path, tmp_path: Path, repo_root: Path
 ):
     """While sampling, scoring, updating, saving: killed by itself, so at that very point."""
     (tmp_path / "even.py").write_text(EVEN)
@@ -162,7 +136,7 @@ def test_a_run_killed_at_ten_random_points_comes_to_the_same_weights(
 
     def attempt(run_dir: Path, point: tuple[str, int] | None = None, call: int = 0) -> int:
         command = ["grpo", recipe("grpo"), f"output_dir={run_dir}", *keys]
-        return forks(command=command, output=str(output), point=point, call=call)
+        return Forked(kill_points.run, command, point, call, output=output, cwd=repo_root).wait()
 
     assert attempt(whole) == 0, output.read_text()
     rng = random.Random(4)
