@@ -23,7 +23,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import datasets
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -55,7 +54,9 @@ def setup_logging() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")  # where it is not imported yet: that takes a second
+    if "datasets" in sys.modules:
+        sys.modules["datasets"].disable_progress_bars()
     for name in ("accelerate", "datasets", "deepspeed", "DeepSpeed", "trl"):
         logging.getLogger(name).setLevel(logging.ERROR)
     if not torch.cuda.is_available():
