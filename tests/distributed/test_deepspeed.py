@@ -128,7 +128,7 @@ def test_an_accelerate_config_of_type_deepspeed_only_launches(start, alone, tmp_
         env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "DOTS_ALIGN_DEVICE": "cpu"},
         capture_output=True,
         text=True,
-        timeout=170,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = differences(tmp_path / "sft", alone("sft"), start, *STAGES["sft"][1])

@@ -29,7 +29,7 @@ from dots_align.parity.check import compare_all
 from dots_align.parity.endpoint import Endpoint
 from dots_align.parity.questions import asked, fixed_questions
 
-PATIENCE_SECONDS = 120
+PATIENCE_SECONDS = 600
 MAX_TOKENS = 12
 MESSAGES = [{"role": "user", "content": "What is 2 plus 3? 二加三？"}]
 
@@ -84,7 +84,7 @@ def serving(script: Path, model: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
     finally:
         server.terminate()
-        server.wait(timeout=30)
+        server.wait(timeout=120)
 
 
 def answer(url: str, model: str | None = None, **options: Any) -> str:

@@ -67,7 +67,7 @@ def test_readme_snippet_runs_where_dots_align_is_not(exported: Path) -> None:
     )
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [sys.executable, "-P", "-c", script], cwd=exported, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-P", "-c", script], cwd=exported, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
@@ -81,7 +81,7 @@ def test_gguf_snippet_of_its_card_runs(exported: Path, tmp_path: Path) -> None:
     assert '"model-Q8_0.gguf"' in snippet[1]
     script = snippet[1].replace("max_tokens=256", "max_tokens=8")
     done = subprocess.run(
-        [sys.executable, "-P", "-c", script], cwd=tmp_path / "out", capture_output=True, text=True, timeout=120
+        [sys.executable, "-P", "-c", script], cwd=tmp_path / "out", capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout
@@ -95,7 +95,7 @@ def test_bf16_export_was_proven(exported: Path) -> None:
 
 def test_chat_with_the_export(exported: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", CHAT, str(exported)], input="1+1?\n你好\n", capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", CHAT, str(exported)], input="1+1?\n你好\n", capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2

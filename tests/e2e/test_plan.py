@@ -6,7 +6,6 @@ import json
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,14 @@ from dots_align.planner.hardware import GPUS
 
 RECIPES = ("sft_lora_1x8", "sft_full_4x8", "dpo_lora_1x8", "grpo_lora_1x8")
 GIB = 2**30
-# Runs the command and says what it took, on the last line.
+# Runs the command and says what it took, on the last line: seconds of a core, and the peak of its memory in bytes. Not
+# getrusage's, which survives exec, so that it would be that of the test's own process.
 MEASURED = """
-import resource, sys
+import sys, time
 from dots_align import cli
 cli.main(sys.argv[1:])
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(time.process_time(), int(peak.split()[1]) * 1024)
 """
 
 
@@ -89,8 +90,7 @@ def test_what_does_not_fit_comes_with_changes_that_do(plan, released, capsys):
 
 
 @pytest.mark.slow
-def test_a_plan_takes_less_than_a_minute_and_four_gigabytes(released, repo_root: Path):
-    started = time.monotonic()
+def test_a_plan_takes_less_than_a_minute_of_a_core_and_four_gigabytes(released, repo_root: Path):
     done = subprocess.run(
         [sys.executable, "-c", MEASURED, "plan", str(released("grpo_lora_1x8"))],
         cwd=repo_root,
@@ -98,8 +98,9 @@ def test_a_plan_takes_less_than_a_minute_and_four_gigabytes(released, repo_root:
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert time.monotonic() - started < 60
-    assert int(done.stdout.splitlines()[-1]) * 1024 < 4 * GIB
+    seconds, peak = done.stdout.splitlines()[-1].split()
+    assert float(seconds) < 60
+    assert int(peak) < 4 * GIB
 
 
 def test_a_small_model_is_planned_in_mebibytes(recipe, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import select
@@ -75,7 +76,7 @@ def command(checkpoint: Path, system: str = "", temperature: float = 0.0, max_to
 
 
 def piped(arguments: list[str], text: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(arguments, input=text.encode(), capture_output=True, check=True, timeout=120)
+    return subprocess.run(arguments, input=text.encode(), capture_output=True, check=True, timeout=600)
 
 
 def engine_says(checkpoint: Path, messages: list[Message]) -> str:
@@ -214,7 +215,7 @@ class Terminal:
             os.execv(arguments[0], arguments)
         self.output = b""
 
-    def wait_for(self, text: bytes, seconds: float = 90) -> None:
+    def wait_for(self, text: bytes, seconds: float = 300) -> None:
         """Reads until `text` came (any output, if empty), and forgets everything up to it."""
         deadline = time.monotonic() + seconds
         while not self.output or text not in self.output:
@@ -229,7 +230,7 @@ class Terminal:
         os.write(self.descriptor, text)
 
     def exit_code(self) -> int:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while time.monotonic() < deadline:
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
@@ -244,8 +245,18 @@ class Terminal:
         pytest.fail(f"still running: {self.output!r}")
 
 
-def test_terminal_conversation_ends_cleanly(checkpoint: Path) -> None:
-    terminal = Terminal(command(checkpoint, max_tokens=150))
+@pytest.fixture
+def roomy(checkpoint: Path, tmp_path: Path) -> Path:
+    """The same with a context of 8000 tokens, so that its answers take long enough to be stopped."""
+    directory = Path(shutil.copytree(checkpoint, tmp_path / "roomy"))
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8000}))
+    (directory / "manifest.json").unlink()  # it has the hash of what was there
+    return directory
+
+
+def test_terminal_conversation_ends_cleanly(roomy: Path) -> None:
+    terminal = Terminal(command(roomy, max_tokens=7000))
     terminal.wait_for(b"Ctrl-C stops an answer.")
     terminal.wait_for(b"> ")
     terminal.send("你好\n".encode())

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 import random
-import time
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +89,14 @@ def test_hooks_that_fail_in_every_way_are_told_and_cost_nothing(
     monkeypatch.setenv("WORLD_SIZE", "1")
     failing = ["boom", "hang", "quits", "words"] + (["killed"] if where == "process" else [])
     asked = [{"hook": f"{hooks}:{name}", "in": where} for name in failing]
-    asked[1]["timeout_seconds"] = 3
+    asked[1]["timeout_seconds"] = 4 if where == "process" else 1  # enough to begin
     asked.append({"hook": f"{hooks}:mine", "in": where, "arguments": {"plus": 0.5}})
     final, log = publish(run_dir, 1), MetricsLog(run_dir)
     state = torch.get_rng_state(), random.getstate()
-    publishing, started = publisher(run_dir, *asked), time.monotonic()
+    publishing = publisher(run_dir, *asked)
     with caplog.at_level(logging.ERROR, "dots_align"):
         publishing.after_publish(final, log)
-        waited = time.monotonic() - started
+        told_at_once = {line["hook"] for line in lines(run_dir, "hooks")}
         publishing.finish(log)
     told = {line["hook"]: (line["status"], line["error"]) for line in lines(run_dir, "hooks")}
     assert told["boom"] == ("failed", "ZeroDivisionError: oh no")
@@ -108,7 +107,7 @@ def test_hooks_that_fail_in_every_way_are_told_and_cost_nothing(
     if where == "process":
         assert told["killed"][0] == "killed"
         assert "SIGKILL" in told["killed"][1]
-        assert waited < 2.5, "training waited for a hook beside it"
+        assert "hang" not in told_at_once, "training waited for a hook beside it"
         assert "ZeroDivisionError: oh no" in (run_dir / "hooks" / "boom-1.log").read_text()
         assert not _runs(int((run_dir / "child.pid").read_text())), "what the hook started outlived it"
     assert "on_save hook boom failed on checkpoint-1: ZeroDivisionError: oh no" in caplog.text

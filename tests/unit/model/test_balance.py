@@ -448,7 +448,7 @@ def test_a_bf16_bias_is_refused(model_dir: Path) -> None:
 def sum_over(processes: int) -> Callable[[torch.Tensor], None]:
     """An all-reduce between threads."""
     parts: list[torch.Tensor] = []
-    barrier = threading.Barrier(processes, timeout=30)
+    barrier = threading.Barrier(processes, timeout=300)
 
     def reduce(tensor: torch.Tensor) -> None:
         parts.append(tensor.clone())

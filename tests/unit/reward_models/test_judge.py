@@ -175,9 +175,9 @@ def test_a_reply_without_a_grade_is_asked_for_again_and_never_kept(server: Serve
 
 
 def test_a_server_that_hangs_is_given_up(server: Server, tmp_path: Path) -> None:
-    server.answer = lambda _: (time.sleep(1), (200, grade(5), {}))[1]
+    server.answer = lambda _: (time.sleep(3), (200, grade(5), {}))[1]
     with pytest.raises(RuntimeError, match="ReadTimeout"):
-        score(server, tmp_path, response(), request_seconds=0.1, max_retries=1)
+        score(server, tmp_path, response(), request_seconds=0.5, max_retries=1)
     assert len(server.requests) == 2
 
 

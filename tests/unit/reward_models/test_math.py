@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
@@ -11,6 +13,17 @@ import pytest
 
 from dots_align.types import Message, Prompt, Response
 from reward_models.math import boxed_answer, final_answer, last_number, numeric_answer, same_answer
+
+
+@pytest.fixture(autouse=True)
+def _nothing_runs_while_garbage_is_collected() -> Iterator[None]:
+    """Hypothesis times the collector by a callback in Python. An alarm that fires in there is lost, and a formula that
+    takes for ever then does.
+    """
+    callbacks = gc.callbacks[:]
+    gc.callbacks.clear()
+    yield
+    gc.callbacks[:] = callbacks
 
 
 def response(text: str, answer: str | None, finish_reason: str = "stop") -> Response:

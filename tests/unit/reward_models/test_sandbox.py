@@ -100,7 +100,7 @@ def test_there_are_enough_of_them() -> None:
 
 @pytest.mark.parametrize("name", HARMFUL)
 def test_it_cannot_do_harm(name: str, places: dict[str, object], mode: str) -> None:
-    verdict = attack(HARMFUL[name], places, mode, 5.0)
+    verdict = attack(HARMFUL[name], places, mode, 30.0)
     assert not verdict.passed
     assert verdict.reason != "timeout"
     assert "SyntaxError" not in verdict.reason  # a mistake of ours rather than a refusal
@@ -180,22 +180,21 @@ def test_nothing_outlives_a_trainer_that_is_killed(mode: str) -> None:
         assert trainer.poll() is None
     trainer.kill()
     trainer.wait()
-    for _ in range(500):
-        if not (left := processes_of(allowed)):
-            break
+    give_up = time.monotonic() + 60
+    while processes_of(allowed):
+        assert time.monotonic() < give_up
         time.sleep(0.01)
-    assert not left
 
 
 def test_many_at_once_leave_nothing(mode: str) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
-    allowed = limits(2.0)
-    programs = ["def answer(): return 42", "while True: pass", "import os\nos._exit(0)"] * 4
+    enough, little = limits(60.0), limits(1.0)
+    runs = [("def answer(): return 42", enough), ("while True: pass", little), ("import os\nos._exit(0)", enough)] * 4
     with ThreadPoolExecutor(6) as pool:
-        verdicts = list(pool.map(lambda p: run_tests(p, TEST, ["answer"], limits=allowed, mode=mode).passed, programs))
-    assert verdicts == [True, False, False] * 4
-    assert not processes_of(allowed)
+        verdicts = pool.map(lambda run: run_tests(run[0], TEST, ["answer"], limits=run[1], mode=mode).passed, runs)
+    assert list(verdicts) == [True, False, False] * 4
+    assert not processes_of(enough) + processes_of(little)
 
 
 # ------------------------------------------------------------------------------------------------- where there is none

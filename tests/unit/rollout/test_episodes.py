@@ -51,7 +51,7 @@ others_are_done = threading.Event()
 class Waits(Asks):
     """The first prompt's environment answers when the second's has come to its end."""
     def step(self, response):
-        if self.prompt.answer == "first": assert others_are_done.wait(30)
+        if self.prompt.answer == "first": assert others_are_done.wait(300)
         observation = super().step(response)
         if self.prompt.answer == "second" and observation.done: others_are_done.set()
         return observation
@@ -166,7 +166,7 @@ def test_an_environment_may_show_another_prompt(play, tokenizer) -> None:
 
 def test_an_environment_that_fails_ends_its_own_episode(play, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.ERROR, "dots_align"):
-        _, found = play("Fails", ("raises", "hangs", "wrong", "fine"), timeout_seconds=0.3, max_concurrency=2)
+        _, found = play("Fails", ("raises", "hangs", "wrong", "fine"), timeout_seconds=1.0, max_concurrency=2)
     for name, samples in zip(("raises", "hangs", "wrong", "fine"), found, strict=True):
         assert {s.episode.error for s in samples} == {name != "fine"}
         assert name == "fine" or {s.episode.num_turns for s in samples} == {1}

@@ -215,10 +215,10 @@ def test_a_value_may_lie_on_the_edge_of_its_range(rewards) -> None:
 @pytest.mark.parametrize(
     ("function", "told"),
     [
-        ("hangs_on_b", "took longer than 0.5 s"),
-        ("catches_everything", "took longer than 0.5 s"),
-        ("slow_pattern", "took longer than 0.5 s"),
-        ("waits_on_b", "took longer than 0.5 s"),
+        ("hangs_on_b", "took longer than 1 s"),
+        ("catches_everything", "took longer than 1 s"),
+        ("slow_pattern", "took longer than 1 s"),
+        ("waits_on_b", "took longer than 1 s"),
         ("crashes_on_b", "ended its process (exit status -11)"),
         ("exits_on_b", "ended its process (exit status 0)"),
     ],
@@ -226,7 +226,7 @@ def test_a_value_may_lie_on_the_edge_of_its_range(rewards) -> None:
 def test_a_grader_that_hangs_or_dies_costs_only_its_own_response(
     rewards, mine: str, caplog: pytest.LogCaptureFixture, function: str, told: str
 ) -> None:
-    made = rewards(RewardSection(function=f"{mine}:{function}", timeout_seconds=0.5), ("one", 10.0))
+    made = rewards(RewardSection(function=f"{mine}:{function}", timeout_seconds=1.0), ("one", 10.0))
     with caplog.at_level(logging.ERROR, "dots_align"):
         totals = [total for total, _ in made.score([response(text) for text in "aabaaaabaa"])]
     assert totals == [11, 11, 10, 11, 11, 11, 11, 10, 11, 11]

@@ -33,7 +33,7 @@ def test_samples_are_scored_while_others_are_still_sampled(loop, tmp_path: Path,
         """Goes on with the second sample when the first one has been scored."""
         for event in stream(*arguments, **keywords):
             yield event
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 300
             while not waited and not list(scores.iterdir()):
                 assert time.monotonic() < deadline, "no score while samples were missing"
                 time.sleep(0.01)

@@ -20,9 +20,12 @@ MAX_TOKENS, NUM_SAMPLES = 40, 3
 class Here:
     """A worker's handle whose calls are answered in this process, after the loop had time for something else."""
 
+    num_calls = 0
+
     class _Call:
         async def remote(self, function: Any, *arguments: Any) -> Any:
             await asyncio.sleep(0.01)
+            Here.num_calls += 1
             return function(None, *arguments)
 
     __ray_call__ = _Call()
@@ -81,7 +84,9 @@ def test_samples_tell_the_step_of_their_weights(server: Any) -> None:
 async def everything(server: Any, aborts: int) -> list[tuple[list[int], list[float], int]]:
     tasks = [asyncio.create_task(one(server, n, i)) for n in range(2) for i in range(NUM_SAMPLES)]
     for _ in range(aborts):
-        await asyncio.sleep(0.15)
+        enough = Here.num_calls + 3  # of eight, in which they would come to their end
+        while Here.num_calls < enough and not all(task.done() for task in tasks):
+            await asyncio.sleep(0.001)
         await server.abort_all_requests()
         await server.resume_generation()
     return await asyncio.gather(*tasks)
