@@ -160,7 +160,11 @@ def check_whole(directory: str | Path) -> None:
     if not directory.is_dir():
         raise ValueError(f"{directory}: no such checkpoint directory")
     if not (directory / "config.json").is_file() and not (directory / ADAPTER_CONFIG).is_file():
-        raise ValueError(f"{directory}: not a checkpoint directory: it has neither config.json nor {ADAPTER_CONFIG}")
+        of_run = f"; this is a run, give one of its checkpoints: {directory / 'last'}"
+        raise ValueError(
+            f"{directory}: not a checkpoint directory: it has neither config.json nor {ADAPTER_CONFIG}"
+            f"{of_run if (directory / 'last').exists() else ''}"
+        )
     for name, size, listed_in in _expected_files(directory):
         path = directory / name
         if not path.is_file():

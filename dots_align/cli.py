@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -10,7 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dots_align import __version__
 from dots_align.config import load_recipe
@@ -25,11 +26,16 @@ STAGES = {
     "ppo": "the same with a critic",
     "pipeline": "stages in order, then export and report",
 }
+DISK = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT, errno.ENOSPC),
+    *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
+)
+"""What a person can mend, and no mistake of ours."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parses, runs, and turns what people can mend into one line on stderr and exit status 1."""
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     # transformers and datasets look for newer files on the hub unless told not to; downloads happen only when asked
     # for.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,6 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options.run(options)
     except KeyboardInterrupt:
+        if options.command in (*STAGES, "generate") and int(os.environ.get("RANK", 0)) == 0:
+            told = "stopped; the same command goes on from what is finished"
+            print(f"dots-align {options.command}: {told}", file=sys.stderr)
         sys.exit(130)
     except ValueError as error:
         if os.environ.get("DOTS_ALIGN_TRACEBACK"):
@@ -46,9 +55,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _end_other_rank(error)
     except Exception as error:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            if isinstance(error, OSError) and error.errno in DISK and not os.environ.get("DOTS_ALIGN_TRACEBACK"):
+                where = f"{error.filename}: " if error.filename else ""
+                sys.exit(f"dots-align {options.command}: {where}{error.strerror}")
             raise
         traceback.print_exc()
         _end_other_rank(error)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """What was given; `key=value` may stand behind options too, where argparse alone would not take it."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    takes_keys = hasattr(options, "overrides")
+    for word in rest:
+        if takes_keys and word.startswith("--") and {".", "="} & set(word):
+            key = word.lstrip("-").partition("=")[0]
+            parser.error(f"{word}: a key of a recipe is given without dashes, {key}=…")
+        if not takes_keys or word.startswith("-") or "=" not in word:
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _end_other_rank(error: Exception) -> NoReturn:
@@ -79,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_eval(command("eval", "evaluate one checkpoint, by a recipe or on tasks of the suite", _eval))
     plan = command("plan", "will a recipe fit, how fast will it be, and what to change", _plan)
     plan.add_argument("recipe", type=Path, help="YAML file of a training stage; needs no checkpoint and no GPU")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="before any option; for example parallel.ep=4")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="for example parallel.ep=4")
     plan.add_argument("--nodes", type=int, help="default: what the recipe's name ends in (_4x8: 4 nodes of 8), else 1")
     plan.add_argument("--gpus-per-node", type=int, help="default: likewise, else 8")
     plan.add_argument("--prompt-tokens", type=int, help="the longest prompt of a rollout; default: 512")
@@ -167,7 +195,7 @@ def _add_eval(evaluate: argparse.ArgumentParser) -> None:
         "overrides",
         nargs="*",
         metavar="key=value",
-        help="before any option; of a recipe, or sampling keys of tasks: max_tokens=512",
+        help="of a recipe, or sampling keys of tasks: max_tokens=512",
     )
     evaluate.add_argument(
         "--tasks", default="", help="gsm8k,cmath and so on, or paths of .yaml files; `list` names all"
@@ -188,9 +216,18 @@ def _add_eval(evaluate: argparse.ArgumentParser) -> None:
 
 def _stage(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides, options.command)
-    from dots_align.runtime import setup_logging, start_processes, stop_processes, world_size
+    from dots_align.runtime import leave_run_directories, setup_logging
 
     setup_logging()
+    try:
+        _run_stage(recipe)
+    finally:
+        leave_run_directories()
+
+
+def _run_stage(recipe: Any) -> None:
+    from dots_align.runtime import start_processes, stop_processes, world_size
+
     if recipe.stage in ("grpo", "ppo") and recipe.launch.backend == "verl":
         from dots_align.verl_plugin.launch import run
 

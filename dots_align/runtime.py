@@ -5,6 +5,7 @@ directory and its metrics.
 from __future__ import annotations
 
 import atexit
+import fcntl
 import hashlib
 import importlib.util
 import json
@@ -68,10 +69,20 @@ def setup_logging() -> None:
 def device() -> torch.device:
     """The accelerator if there is one, else the CPU; `DOTS_ALIGN_DEVICE` overrides."""
     if name := os.environ.get("DOTS_ALIGN_DEVICE"):
-        return torch.device(name)
+        return _named_device(name)
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("cpu")
+
+
+def _named_device(name: str) -> torch.device:
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"DOTS_ALIGN_DEVICE={name}: torch knows no such device; give cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"DOTS_ALIGN_DEVICE={name}: torch {torch.__version__} sees no GPU here; unset it, or give cpu")
+    return found
 
 
 def world_size() -> int:
@@ -254,10 +265,12 @@ def _identity(recipe: Section) -> dict[str, Any]:
 
 
 def open_run_directory(recipe: Any) -> Path:
-    """Makes `recipe.output_dir` this run's: fresh, or the same recipe's own earlier attempt, which will be resumed.
+    """Makes `recipe.output_dir` this run's: fresh, or the same recipe's own earlier attempt, which will be resumed. It
+    stays this process's until it ends.
 
     Raises:
-        ValueError: the directory belongs to another recipe, or holds something that is no run, and `overwrite` is off.
+        ValueError: the directory belongs to another recipe, or holds something that is no run, and `overwrite` is off;
+        a run is at work in it; it cannot be made; or overwriting it would delete what the recipe reads.
     """
     return on_main(lambda: _open_run_directory(recipe))
 
@@ -267,14 +280,19 @@ def _open_run_directory(recipe: Any) -> Path:
     record = directory / "run.json"
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"output_dir={directory}: this is a file; choose another output_dir")
-    if directory.is_dir() and any(directory.iterdir()):
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir={directory}: cannot be made ({error.strerror}); choose another") from None
+    _hold(directory)
+    if any(directory.iterdir()):
         if _is_ours(record) and (recipe.overwrite or _never_started(directory, recipe)):
-            shutil.rmtree(directory)
+            _check_overwrite(directory, record, recipe)
+            _empty(directory, record)
         elif problem := _foreign(directory, record, recipe):
             remedy = ", or give overwrite=true to delete what is there" if _is_ours(record) else ""
             raise ValueError(f"output_dir={directory}: {problem}; choose another output_dir{remedy}")
     if not record.is_file():
-        directory.mkdir(parents=True, exist_ok=True)
         write_json(
             record,
             {
@@ -287,6 +305,60 @@ def _open_run_directory(recipe: Any) -> Path:
             },
         )
     return directory
+
+
+_held: dict[tuple[int, int], int] = {}  # descriptors of this process's run directories, by device and inode
+
+
+def _hold(directory: Path) -> None:
+    """Locks a directory for this process, if its file system can; the lock ends with it, however it ends."""
+    place = directory.stat().st_dev, directory.stat().st_ino
+    if place in _held:
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _held[place] = descriptor
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise ValueError(f"output_dir={directory}: another process is at work in it; choose another") from None
+
+
+def leave_run_directories() -> None:
+    """Lets other processes work in them."""
+    while _held:
+        os.close(_held.popitem()[1])
+
+
+def _check_overwrite(directory: Path, record: Path, recipe: Any) -> None:
+    """Raises ValueError if emptying the directory would delete what the recipe reads, or runs beside its own."""
+    whole = directory.resolve()
+    for key, value in _paths(recipe_dict(recipe)):
+        if Path(value).resolve().is_relative_to(whole):
+            told = f"emptying it would delete {key}={value}, which this run reads; choose another"
+            raise ValueError(f"output_dir={directory}: {told}")
+    others = sorted(path.parent.name for path in directory.glob("*/run.json"))
+    if others and json.loads(record.read_text(encoding="utf-8"))["stage"] != "pipeline":
+        raise ValueError(f"output_dir={directory}: other runs lie in it ({', '.join(others)}); move them")
+
+
+def _paths(values: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, value) of what a recipe reads."""
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in inner:
+        if isinstance(value, str) and key in ("path", "checkpoint", "data"):
+            yield f"{prefix}{key}", value
+        yield from _paths(value, f"{prefix}{key}.")
+
+
+def _empty(directory: Path, record: Path) -> None:
+    """Deletes what a run left, its record last: until then it can be told to be one."""
+    for path in sorted(directory.iterdir(), key=lambda path: path == record):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _is_ours(record: Path) -> bool:

@@ -70,13 +70,24 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = (), stage: str | No
     if stage is not None and found != stage:
         raise ValueError(f"{path}: this is a recipe for stage {found!r}; run `dots-align {found} {path}`")
     try:
-        return RECIPES[found].model_validate(values)
+        recipe = RECIPES[found].model_validate(values)
     except ValidationError as error:
         problems = error.errors()
         # A list whose only item is wrong is also called too short; the item is what to mend.
         deeper = {e["loc"][:n] for e in problems for n in range(len(e["loc"]))}
         problems = [e for e in problems if e["type"] != "too_short" or e["loc"] not in deeper]
         raise ValueError("\n".join(explain(e, RECIPES[found], origins, path) for e in problems)) from None
+    return _with_stages_found(recipe, path) if isinstance(recipe, PipelineRecipe) else recipe
+
+
+def _with_stages_found(recipe: PipelineRecipe, path: Path) -> PipelineRecipe:
+    """Recipes that are not where a pipeline is run from are looked for from the folders that its own file lies in."""
+    stages = []
+    for stage in recipe.stages:
+        places = [Path(stage.recipe), *(folder / stage.recipe for folder in path.resolve().parents)]
+        found = next((place for place in places if place.is_file()), places[0])
+        stages.append(stage.model_copy(update={"recipe": str(found)}))
+    return recipe.model_copy(update={"stages": tuple(stages)})
 
 
 def _no_recipe(path: Path) -> str:

@@ -177,6 +177,15 @@ def test_reward_that_does_not_exist_is_refused_before_anything_is_written(fails,
     assert not out.exists()
 
 
+def test_ctrl_c_says_how_to_go_on(recipe, start: Path, out: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    reward = tmp_path / "my_reward.py"
+    reward.write_text("raise KeyboardInterrupt\n")
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["grpo", recipe("grpo"), f"output_dir={out}", f"model.path={start}", f"rewards.0.function={reward}:f"])
+    assert stopped.value.code == 130
+    assert "dots-align grpo: stopped; the same command goes on" in capsys.readouterr().err
+
+
 def test_what_verl_cannot_run_is_refused_before_anything_is_made(fails, recipe, out: Path, start: Path):
     arguments = (
         "grpo",

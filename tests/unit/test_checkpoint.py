@@ -107,6 +107,9 @@ def test_damage_is_named(tmp_path: Path) -> None:
     final.mkdir()
     with pytest.raises(ValueError, match="not a checkpoint directory"):
         check_whole(final)
+    (final / "last").mkdir()
+    with pytest.raises(ValueError, match=r"this is a run, give one of its checkpoints: .*checkpoint-2/last"):
+        check_whole(final)
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

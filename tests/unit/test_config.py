@@ -168,6 +168,14 @@ def test_a_recipe_that_is_not_there_names_the_nearest(write, tmp_path: Path) -> 
     assert complaint(tmp_path).startswith(f"{tmp_path}: this is a directory")
 
 
+def test_a_pipeline_finds_its_stages_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = load_recipe(Path("recipes/tiny/pipeline.yaml"))
+    assert here.stages[0].recipe == "recipes/tiny/sft.yaml"
+    monkeypatch.chdir(tmp_path)
+    away = load_recipe(ROOT / "recipes" / "tiny" / "pipeline.yaml")
+    assert [stage.recipe for stage in away.stages] == [str(ROOT / stage.recipe) for stage in here.stages]
+
+
 def test_unknown_key_in_a_list_item_is_one_complaint(write) -> None:
     told = complaint(write(GRPO.replace("a:b\n", "a:b\n    wieght: 2\n")))
     assert len(told.splitlines()) == 1

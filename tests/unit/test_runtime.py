@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import random
 import subprocess
 import sys
@@ -14,8 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from dots_align.config import DataSection, GrpoRecipe, OptimSection, RewardSection, SftRecipe
-from dots_align.runtime import MetricsLog, open_run_directory, preserved_rng, recipe_hash, seed_everything, write_json
+from dots_align.config import DataSection, GrpoRecipe, ModelSection, OptimSection, RewardSection, SftRecipe
+from dots_align.runtime import (
+    MetricsLog,
+    device,
+    leave_run_directories,
+    open_run_directory,
+    preserved_rng,
+    recipe_hash,
+    seed_everything,
+    write_json,
+)
 
 
 def recipe(directory: Path, **keys: Any) -> SftRecipe:
@@ -126,6 +137,66 @@ def test_somebody_elses_run_json_and_data_are_never_deleted(tmp_path: Path) -> N
     with contextlib.suppress(ValueError):
         open_run_directory(recipe(tmp_path))
     assert (tmp_path / "data" / "thesis.csv").is_file()
+
+
+def test_overwriting_never_deletes_what_the_run_starts_from(tmp_path: Path) -> None:
+    run = open_run_directory(recipe(tmp_path / "run"))
+    (run / "checkpoint-3").mkdir()
+    (run / "last").symlink_to("checkpoint-3")
+    told = complaint(recipe(run, model=ModelSection(path=str(run / "last")), overwrite=True))
+    assert told == (
+        f"output_dir={run}: emptying it would delete model.path={run / 'last'}, which this run reads; choose another"
+    )
+    assert (run / "checkpoint-3").is_dir()
+
+
+def test_overwriting_never_deletes_runs_of_their_own(tmp_path: Path) -> None:
+    open_run_directory(recipe(tmp_path))
+    open_run_directory(recipe(tmp_path / "other"))
+    assert "other runs lie in it (other)" in complaint(recipe(tmp_path, overwrite=True))
+    assert (tmp_path / "other" / "run.json").is_file()
+
+
+def test_a_directory_is_one_processs_until_it_ends(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", LOCK, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdin is not None
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "locked\n"
+    assert complaint(recipe(tmp_path)) == (f"output_dir={tmp_path}: another process is at work in it; choose another")
+    assert list(tmp_path.iterdir()) == []
+    holder.kill()
+    holder.wait()
+    open_run_directory(recipe(tmp_path))
+    open_run_directory(recipe(tmp_path))
+    leave_run_directories()
+    mine = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(mine, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(mine)
+
+
+LOCK = """
+import fcntl, os, sys
+fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = tmp_path / "file" / "run"
+    assert complaint(recipe(run)) == f"output_dir={run}: cannot be made (Not a directory); choose another"
+
+
+@pytest.mark.parametrize(("name", "told"), [("gpu", "torch knows no such device"), ("cuda:0", "sees no GPU here")])
+def test_a_device_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch, name: str, told: str) -> None:
+    if name != "gpu" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    monkeypatch.setenv("DOTS_ALIGN_DEVICE", name)
+    with pytest.raises(ValueError, match=f"DOTS_ALIGN_DEVICE={name}: .*{told}"):
+        device()
 
 
 def test_recipe_hash_depends_on_every_key_but_overwrite(tmp_path: Path) -> None:
