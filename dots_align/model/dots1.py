@@ -12,6 +12,7 @@ from torch import nn
 from transformers import Dots1Config, Dots1ForCausalLM, GenerationConfig, PreTrainedModel
 
 from dots_align.model import attention, experts
+from dots_align.model.fused import use_kernels
 from dots_align.model.router import keep_router_in_fp32
 
 # `llm1` is the released shape (142.8 B parameters, 14.0 B active). `tiny` and `small` keep every trait of it (dense
@@ -144,6 +145,8 @@ def load_base_model(
                 f"{path}: {len(names)} {trouble.replace('_keys', '')} tensors, the first is {names[0]}; {wrong}"
             )
     keep_router_in_fp32(model)
+    if attn_implementation == "packed":
+        use_kernels(model)
     return model
 
 
@@ -155,6 +158,8 @@ def meta_model(directory: Path, dtype: str, attn_implementation: str, experts_im
     with torch.device("meta"):
         model = Dots1ForCausalLM(config)
     keep_router_in_fp32(model)
+    if attn_implementation == "packed":
+        use_kernels(model)
     model.to(getattr(torch, dtype))  # pyright: ignore[reportArgumentType]
     model.config.dtype = getattr(torch, dtype)  # what a checkpoint of it will say it is stored in
     if (directory / "generation_config.json").is_file():

@@ -22,13 +22,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dots_align.model.kept_memory import kept_empty
+from dots_align.model.native import kernels
 
 IMPLEMENTATION = "dots_align_grouped"
 # Multiplications that a CPU core could do in bf16 in the time that oneDNN takes to begin a product: 15 microseconds.
 _BEGINNING = 1_500_000
+SILU = (nn.SiLU, SiLUActivation)
 _SMALL = 2**16  # numbers in a matrix; where they are larger, reading them is what takes the time
 
 
@@ -223,7 +226,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, hidden: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(hidden)
         gate, up = hidden.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        return kernels.gate(gate, up) if kernels.can_gate(gate, up) else F.silu(gate).mul_(up)
 
     @staticmethod
     @once_differentiable
@@ -232,6 +235,9 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = hidden.chunk(2, dim=-1)
         hidden_grad = torch.empty_like(hidden)
         gate_grad, up_grad = hidden_grad.chunk(2, dim=-1)
+        if kernels.can_gate(gate, up):
+            kernels.gate_backward(grad.contiguous(), gate, up, gate_grad, up_grad)
+            return hidden_grad
         torch.mul(F.silu(gate), grad, out=up_grad)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate_grad)
         return hidden_grad
@@ -258,7 +264,7 @@ def expert_mlp(
     hidden = grouped_linear(rows, counts, gate_up)
     if adapter is not None:
         hidden = hidden + adapter.delta("gate_up_proj", rows, counts)
-    if isinstance(activation, nn.SiLU):
+    if isinstance(activation, SILU):
         middle = _SwiGLU.apply(hidden)
     else:
         gate, up = hidden.chunk(2, dim=-1)

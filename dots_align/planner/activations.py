@@ -92,7 +92,7 @@ def moe_layer(config: Any, batch: MicroBatch, trained: frozenset[str]) -> LayerM
     early += 12 * batch.tokens * config.n_routed_experts  # its scores
     early += _mlp(width * config.n_shared_experts, "mlp.shared_experts", batch, trained)
     late = _kept_input(hidden, batch.received, batch, trained, "mlp.experts.gate_up_proj")
-    late += 3 * batch.received * width * size  # gate and up, and the activated gate
+    late += 2 * batch.received * width * size  # gate and up
     late += _kept_input(width, batch.received, batch, trained, "mlp.experts.down_proj")
     late += batch.sent * hidden * size  # results, for the gradient of the routing weights
     late += 32 * batch.sent  # indices
