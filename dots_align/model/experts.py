@@ -318,6 +318,8 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (places,) = ctx.saved_tensors
+        if kernels.can_collect(grad):
+            return kernels.collect(grad, places, None).to(ctx.dtype), None, None, None
         total = torch.zeros(places.shape[1], grad.shape[1], dtype=_wide(grad), device=grad.device)
         for rows in places:
             total += grad.index_select(0, rows)
@@ -338,6 +340,8 @@ class _Combine(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.out_dtype = out.dtype
         ctx.save_for_backward(out if ctx.needs_input_grad[1] else None, weights, order, places)
+        if kernels.can_collect(out, weights):
+            return kernels.collect(out, places, weights).to(dtype)
         total = torch.zeros(len(weights), out.shape[1], dtype=_wide(out, weights), device=out.device)
         for rows, weight in zip(places, weights.t(), strict=True):
             total.addcmul_(out.index_select(0, rows).to(total.dtype), weight.unsqueeze(-1))
@@ -347,6 +351,9 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         out, weights, order, places = ctx.saved_tensors
+        if out is not None and kernels.can_collect(out, grad, weights):
+            out_grad, weights_grad = kernels.collect_backward(grad, out, places, weights)
+            return out_grad if ctx.needs_input_grad[0] else None, weights_grad, None, None, None
         num_rows, wide = len(order), _wide(grad, weights)
         row_tokens, row_weights = order // len(places), weights.reshape(-1)[order].unsqueeze(-1)
         out_grad = None

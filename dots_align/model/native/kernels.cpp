@@ -58,3 +58,37 @@ EXPORT void dots_swiglu_backward(const float* grad, const float* gate, const flo
             }
     });
 }
+
+// y of a token: the sum of its `choices` rows of x, row places[choice, token], in order, each times its weight (1 where
+// there are none).
+EXPORT void dots_collect(const float* x, const int64_t* places, const float* weights, int64_t tokens, int64_t choices,
+                         int64_t width, float* y, const OpenMP* openmp) {
+    each_unit(*openmp, (int)((tokens + NORM_ROWS - 1) / NORM_ROWS), [&](int unit) {
+        for (int64_t t = (int64_t)unit * NORM_ROWS; t < std::min(tokens, (unit + 1) * (int64_t)NORM_ROWS); ++t)
+            for (int64_t i = 0; i < width; i += LANES) {
+                F sum = set1(0.f);
+                for (int64_t j = 0; j < choices; ++j)
+                    sum = fma(load(x + places[j * tokens + t] * width + i),
+                              set1(weights ? weights[t * choices + j] : 1.f), sum);
+                store(y + t * width + i, sum);
+            }
+    });
+}
+
+EXPORT void dots_collect_backward(const float* grad, const float* x, const int64_t* places, const float* weights,
+                                  int64_t tokens, int64_t choices, int64_t width, float* x_grad, float* weight_grads,
+                                  const OpenMP* openmp) {
+    each_unit(*openmp, (int)((tokens + NORM_ROWS - 1) / NORM_ROWS), [&](int unit) {
+        for (int64_t t = (int64_t)unit * NORM_ROWS; t < std::min(tokens, (unit + 1) * (int64_t)NORM_ROWS); ++t)
+            for (int64_t j = 0; j < choices; ++j) {
+                const int64_t row = places[j * tokens + t] * width;
+                F dots = set1(0.f);
+                for (int64_t i = 0; i < width; i += LANES) {
+                    const F g = load(grad + t * width + i);
+                    dots = fma(g, load(x + row + i), dots);
+                    store(x_grad + row + i, g * set1(weights[t * choices + j]));
+                }
+                weight_grads[t * choices + j] = tree_sum(dots);
+            }
+    });
+}

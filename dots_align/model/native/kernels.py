@@ -61,6 +61,8 @@ def _functions(library: ctypes.CDLL) -> ctypes.CDLL:
         "dots_norm_backward": (*[pointer] * 4, number, number, _Int, *[pointer] * 3),
         "dots_swiglu": (pointer, pointer, number, number, number, pointer, pointer),
         "dots_swiglu_backward": (*[pointer] * 3, number, number, number, *[pointer] * 3),
+        "dots_collect": (*[pointer] * 3, number, number, number, pointer, pointer),
+        "dots_collect_backward": (*[pointer] * 4, number, number, number, *[pointer] * 3),
     }.items():
         function = getattr(library, name)
         function.argtypes, function.restype = kinds, None
@@ -185,6 +187,44 @@ class _SwiGLU(torch.autograd.Function):
 def swiglu(of_gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """`gate`, differentiable."""
     return _SwiGLU.apply(of_gate, up)
+
+
+# ------------------------------------------------------------------------------------------- rows of tokens' choices
+
+
+def can_collect(*tensors: torch.Tensor) -> bool:
+    """Whether `collect` and `collect_backward` take them, rows first."""
+    return fits(*tensors) and tensors[0].shape[-1] % LANES == 0
+
+
+def collect(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+    """The sum of rows `places[j, t]` of x, over j in order, times `weights[t, j]` if there are any.
+
+    Args:
+        x: [M, width] fp32. places: [K, T] int64. weights: [T, K] fp32.
+
+    Returns:
+        [T, width]
+    """
+    (choices, tokens), width = places.shape, x.shape[1]
+    x, weights = x.contiguous(), None if weights is None else weights.contiguous()
+    out = x.new_empty(tokens, width)
+    pointers = x.data_ptr(), places.data_ptr(), None if weights is None else weights.data_ptr()
+    _library().dots_collect(*pointers, tokens, choices, width, out.data_ptr(), _openmp())
+    return out
+
+
+def collect_backward(
+    grad: torch.Tensor, x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of x and the weights; each row of x is one token's."""
+    (choices, tokens), width = places.shape, x.shape[1]
+    grad, x, weights = grad.contiguous(), x.contiguous(), weights.contiguous()
+    x_grad, weight_grads = torch.empty_like(x), torch.empty_like(weights)
+    pointers = (t.data_ptr() for t in (grad, x, places, weights))
+    results = x_grad.data_ptr(), weight_grads.data_ptr()
+    _library().dots_collect_backward(*pointers, tokens, choices, width, *results, _openmp())
+    return x_grad, weight_grads
 
 
 # -------------------------------------------------------------------------------------------------------- attention

@@ -79,11 +79,12 @@ def test_so_it_has_without_shared_prompts() -> None:
 
 def test_each_kernel_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    for name in ("norm", "swiglu", "attention", "gate"):
+    for name in ("norm", "swiglu", "attention", "gate", "collect", "collect_backward"):
         own = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *a, own=own, name=name: called.append(name) or own(*a))
     outcome(pair()[1], shared_batch())
-    assert {name: called.count(name) for name in set(called)} == {"norm": 5, "swiglu": 2, "attention": 2, "gate": 3}
+    counts = {"norm": 5, "swiglu": 2, "attention": 2, "gate": 3, "collect": 2, "collect_backward": 1}
+    assert {name: called.count(name) for name in set(called)} == counts
 
 
 def test_under_autocast_they_are_as_close_to_exact_ones() -> None:
@@ -128,6 +129,23 @@ def test_swiglu_of_halves_and_of_matrices(rows: int) -> None:
         torch.testing.assert_close(
             torch.autograd.grad(found, halves, grad)[0].double(), wanted_grad, atol=1e-5, rtol=1e-6
         )
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 300])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_are_collected_by_their_places(tokens: int, weighted: bool) -> None:
+    x = torch.randn(3 * tokens, 48, generator=NUMBERS, dtype=torch.float64).requires_grad_()
+    weights = torch.rand(tokens, 3, generator=NUMBERS, dtype=torch.float64).requires_grad_()
+    places = torch.randperm(3 * tokens, generator=NUMBERS).view(3, tokens)
+    wanted = (x[places] * (weights.t().unsqueeze(-1) if weighted else 1)).sum(0)
+    single = x.detach().float(), places, weights.detach().float()
+    found = kernels.collect(*single[:2], single[2] if weighted else None)
+    torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=0)
+    if weighted:
+        grad = torch.randn(tokens, 48, generator=NUMBERS)
+        grads = kernels.collect_backward(grad, *single)
+        for theirs, own in zip(grads, torch.autograd.grad(wanted, (x, weights), grad.double()), strict=True):
+            torch.testing.assert_close(theirs.double(), own, atol=1e-5, rtol=0)
 
 
 def test_threads_change_no_bit() -> None:
