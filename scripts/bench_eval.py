@@ -3,9 +3,13 @@
 
 In one process, on the same tiny weights, prompts and limits, taking turns: `EngineLM` (what `dots-align eval --lm-eval`
 runs) and the harness' `HFLM` for plain transformers, at the batch size that is fastest for it on the first prompts.
-The prompts are GSM8K's test set (--data), else made-up ones of the same number and length; after five examples, as the
-harness asks GSM8K by default, and without any. Give a --checkpoint that
-ends its answers, as those of an evaluation do; fresh weights never end a turn, so each answer runs to --max-tokens.
+Both decode greedily and stop at the end of a turn, at the harness' stop texts for GSM8K, or after --max-tokens. The
+harness gets a fixed batch size, as its `auto` takes the largest that fits, which is slower on a CPU.
+
+The prompts are GSM8K's test questions (--data), else made-up ones of their length; after five examples, as the harness
+asks GSM8K by default, and without any. The first 200 of them with answers of 64 tokens take some minutes on two cores,
+most of them the harness' own; --full takes all 1,319, with answers of 256 tokens, as the harness has it. Give a
+--checkpoint that ends its answers, as those of an evaluation do; fresh weights never end a turn.
 
     dots-align sft recipes/tiny/sft.yaml output_dir=runs/gsm8k/sft data.path=…/gsm8k/train.jsonl \\
         data.prompt_field=question data.response_field=answer train.max_steps=160 on_save=[]
@@ -44,18 +48,23 @@ from dots_align.evals.task import load_items, load_task
 from dots_align.model.dots1 import create_model, preset_config
 
 _ASKED = "Ann has some apples and sells three of them to each friend at two dollars every day how many "
-NUM_ITEMS, NUM_SHOTS, BATCH_SIZES = 1319, 5, (16, 64, 128)
+NUM_SHOTS, BATCH_SIZES = 5, (8, 16, 32, 64)
+STOP = ["Question:", "</s>", "<|im_end|>"]  # lm_eval/tasks/gsm8k/gsm8k.yaml
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with gsm8k/test.jsonl; made-up prompts if not given")
     parser.add_argument("--checkpoint", type=Path, help="fresh tiny weights if not given")
-    parser.add_argument("--max-tokens", type=int, default=256, help="as the harness has it where a task does not say")
+    parser.add_argument("--num-items", type=int, default=200)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--full", action="store_true", help="1319 prompts, 256 tokens")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="48 prompts, 32 tokens")
     options = parser.parse_args()
-    count, max_tokens = (48, 32) if options.quick else (NUM_ITEMS, options.max_tokens)
+    count, max_tokens = options.num_items, options.max_tokens
+    if options.full or options.quick:
+        count, max_tokens = (1319, 256) if options.full else (48, 32)
     model, tokenizer = loaded(options.checkpoint)
     ours, plain = EngineLM(model, tokenizer), plain_copy(model)
     print(f"{count} prompts, at most {max_tokens} tokens an answer, {torch.get_num_threads()} threads")
@@ -87,10 +96,10 @@ def main() -> None:
 def compare(ours: EngineLM, plain: Any, texts: list[str], max_tokens: int, repeats: int) -> dict[str, Any]:
     """Both on the same prompts, taking turns: median seconds of each, their ratio, and how many answers are equal."""
     requests = [
-        Instance("generate_until", {}, (text, {"until": [], "max_gen_toks": max_tokens, "do_sample": False}), n)
+        Instance("generate_until", {}, (text, {"until": STOP, "max_gen_toks": max_tokens, "do_sample": False}), n)
         for n, text in enumerate(texts)
     ]
-    size = fastest(plain, ours.tokenizer, requests[: min(128, len(texts))])
+    size = fastest(plain, ours.tokenizer, requests[: max(BATCH_SIZES)])
     theirs = HFLM(pretrained=plain, tokenizer=ours.tokenizer, batch_size=size, device="cpu")
     ours.generate_until(requests[:2])  # compiles the native forward
     seconds: dict[str, list[float]] = {"ours": [], "harness": []}

@@ -7,11 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dots_align.data.chat import stop_token_ids
-from dots_align.model.expert_parallel import is_sharded
-from dots_align.rollout.engine import Failed, RolloutEngine
+from dots_align.rollout.engine import LOOK_TOKENS, Failed, RolloutEngine
 from dots_align.types import GenerationRequest, Sample, SamplingParams
-
-FIRST_LOOK = 32  # tokens after which an answer is looked at for texts that end it; each next look is twice as far
 
 
 @dataclass(frozen=True)
@@ -36,52 +33,18 @@ class Ask:
 def answers(engine: RolloutEngine, tokenizer: Any, asks: Sequence[Ask]) -> Iterator[tuple[int, list[Answer] | str]]:
     """Gives (place, its answers, or why there are none) as they are done. Over several processes all take part, with
     asks of their own or none, and read to the end.
-
-    The engine knows tokens, not texts: answers that a text may end are sampled in parts, and looked at between them.
     """
-    open_asks = {place: [] for place in range(len(asks))}
-    looked = FIRST_LOOK if any(ask.stop for ask in asks) or is_sharded(engine.model) else 1 << 30
-    most = max((ask.sampling.max_tokens for ask in asks), default=0)
-    while _busy(engine, bool(open_asks)):
-        places = list(open_asks)
-        requests = [_request(tokenizer, asks[place], open_asks[place], looked) for place in places]
-        for number, samples in _grouped(engine, requests):
-            place = places[number]
-            ask = asks[place]
-            if isinstance(samples, str):
-                del open_asks[place]
-                yield place, samples
-                continue
-            going_on = [_unfinished(tokenizer, ask, sample, looked) for sample in samples]
-            if any(going_on):
-                open_asks[place] = [
-                    replace(sample, finish_reason="abort") if goes else sample
-                    for sample, goes in zip(samples, going_on, strict=True)
-                ]
-            else:
-                del open_asks[place]
-                yield place, [_answer(tokenizer, ask, sample) for sample in samples]
-        looked = min(2 * looked, max(most, looked))
+    requests = [_request(tokenizer, ask) for ask in asks]
+    windows = [LOOK_TOKENS + max((len(text.encode()) for text in ask.stop), default=0) for ask in asks]
 
+    def is_whole(place: int, ids: list[int]) -> bool:
+        stop = asks[place].stop
+        # A token is a byte at least: what was not there at the last look lies among the last ones.
+        recent = stop and _cut(_text(tokenizer, ids[-windows[place] :]), stop) is not None
+        return bool(recent) and _cut(_text(tokenizer, ids), stop) is not None
 
-def _busy(engine: RolloutEngine, busy: bool) -> bool:
-    if not is_sharded(engine.model):
-        return busy
-    from dots_align.runtime import gather_objects
-
-    return any(gather_objects(busy))
-
-
-def _request(tokenizer: Any, ask: Ask, started: list[Sample], looked: int) -> GenerationRequest:
-    max_tokens = min(looked, ask.sampling.max_tokens) if ask.stop else ask.sampling.max_tokens
-    sampling = replace(ask.sampling, max_tokens=max_tokens, stop_token_ids=stop_token_ids(tokenizer))
-    return GenerationRequest(ask.prompt_ids, ask.num_samples, sampling, tuple(started))
-
-
-def _grouped(engine: RolloutEngine, requests: list[GenerationRequest]) -> Iterator[tuple[int, list[Sample] | str]]:
-    """The samples of each request when the last of them is there."""
     found: dict[int, dict[int, Sample]] = {}
-    for event in engine.stream(requests):
+    for event in engine.stream(requests, is_whole=is_whole if any(ask.stop for ask in asks) else None):
         if isinstance(event, Failed):
             found.pop(event.request, None)
             yield event.request, event.message
@@ -90,24 +53,23 @@ def _grouped(engine: RolloutEngine, requests: list[GenerationRequest]) -> Iterat
         samples[event.index] = event.sample
         if len(samples) == requests[event.request].num_samples:
             del found[event.request]
-            yield event.request, [samples[i] for i in sorted(samples)]
+            yield event.request, [_answer(tokenizer, asks[event.request], samples[i]) for i in sorted(samples)]
 
 
-def _unfinished(tokenizer: Any, ask: Ask, sample: Sample, looked: int) -> bool:
-    if not ask.stop or sample.finish_reason == "stop" or looked >= ask.sampling.max_tokens:
-        return False
-    return _cut(_text(tokenizer, sample), ask.stop) is None
+def _request(tokenizer: Any, ask: Ask) -> GenerationRequest:
+    sampling = replace(ask.sampling, stop_token_ids=stop_token_ids(tokenizer))
+    return GenerationRequest(ask.prompt_ids, ask.num_samples, sampling)
 
 
 def _answer(tokenizer: Any, ask: Ask, sample: Sample) -> Answer:
-    text = _text(tokenizer, sample)
+    text = _text(tokenizer, sample.response_ids)
     end = _cut(text, ask.stop)
     finish = sample.finish_reason if end is None else "stop"
     return Answer(text[:end], finish, len(sample.response_ids))
 
 
-def _text(tokenizer: Any, sample: Sample) -> str:
-    return str(tokenizer.decode(sample.response_ids, skip_special_tokens=True))
+def _text(tokenizer: Any, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
 def _cut(text: str, stop: tuple[str, ...]) -> int | None:

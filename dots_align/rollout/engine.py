@@ -26,6 +26,9 @@ from dots_align.rollout.scheduler import Finished, Scheduler, Step
 from dots_align.rollout.sync import Certificate, Manifest, WeightReceiver, WeightStream
 from dots_align.types import GenerationRequest, Sample, SamplingParams
 
+LOOK_TOKENS = 16
+"""After so many tokens each, somebody who knows more than stop tokens may end a sample."""
+
 
 class RequestErrors(ValueError):
     """Some requests failed; all others are done.
@@ -150,9 +153,18 @@ class RolloutEngine:
             raise RequestErrors(errors, found)
         return found
 
-    def stream(self, requests: list[GenerationRequest], return_routes: bool = False) -> Iterator[Finished | Failed]:
+    def stream(
+        self,
+        requests: list[GenerationRequest],
+        return_routes: bool = False,
+        is_whole: Callable[[int, list[int]], bool] | None = None,
+    ) -> Iterator[Finished | Failed]:
         """The samples of requests as they end, numbered by their place in the list. If it is not read to its end, what
         has not ended is lost; over several processes all have to read to the end.
+
+        Args:
+            is_whole: asked every `LOOK_TOKENS` tokens of a sample, with its request's place and the tokens it has,
+                whether it ends here, by `stop`.
         """
         if not requests and not is_sharded(self.model):
             return
@@ -166,7 +178,10 @@ class RolloutEngine:
                         continue
                     numbers[self.submit(request, return_routes)] = place
                 while self.anyone_has_work():
-                    for event in self.step():
+                    events = self.step()
+                    if is_whole is not None:
+                        events += self._end_whole(numbers, is_whole)
+                    for event in events:
                         place = numbers[event.request]
                         if isinstance(event, Failed):
                             yield Failed(place, f"request {place}: {event.message}")
@@ -344,6 +359,16 @@ class RolloutEngine:
         self.stats.num_sampled_tokens += len(rows)
         ended, stopped = scheduler.rows.append(rows, tokens, rollout_logprobs, logprobs)
         return [*failed, *scheduler.finish(ended.tolist(), stopped.tolist())]
+
+    def _end_whole(self, places: dict[int, int], is_whole: Callable[[int, list[int]], bool]) -> list[Finished]:
+        """Ends the samples of requests at `places` that are whole."""
+        rows = self.scheduler.rows
+        whole = []
+        for row in np.nonzero(rows.active & (rows.length > 0) & (rows.length % LOOK_TOKENS == 0))[0].tolist():
+            place = places.get(int(rows.request[row]))
+            if place is not None and is_whole(place, rows.tokens[row, : rows.length[row]].tolist()):
+                whole.append(row)
+        return self.scheduler.finish(whole, [True] * len(whole))
 
     def _fail_broken(self, forward: Forward, rows: np.ndarray, logprobs: np.ndarray) -> list[Failed]:
         """Takes out the requests of rows whose logits were NaN or infinite."""

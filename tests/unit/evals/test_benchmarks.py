@@ -17,7 +17,7 @@ from dots_align.evals.likelihood import likelihoods
 from dots_align.evals.scorers import choice_letter, contains_answer, exact_words, f1_words, share_contained
 from dots_align.evals.statistics import mean_interval, pass_at_k, powers_of_two
 from dots_align.rollout.engine import RolloutEngine
-from dots_align.types import Message, Prompt, Response, SamplingParams
+from dots_align.types import GenerationRequest, Message, Prompt, Response, SamplingParams
 
 
 def test_likelihoods_are_those_of_a_plain_forward(model: Dots1ForCausalLM) -> None:
@@ -57,6 +57,24 @@ def test_answers_end_before_a_stop_text(model: Dots1ForCausalLM, tokenizer: PreT
     assert found[0][0].finish_reason == "stop"
     assert found[1] == whole
     assert "the prompt is empty" in found[2]
+
+
+def test_a_text_ends_an_answer_soon_and_nothing_is_read_twice(
+    model: Dots1ForCausalLM, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    engine, prompt = RolloutEngine(model), tokenizer("one two")["input_ids"]
+    sampling = SamplingParams(temperature=1.0, max_tokens=80, seed=3)
+    ((_, (whole,)),) = answers(engine, tokenizer, [Ask(prompt, sampling)])
+    assert whole.num_tokens == 80
+    early = len(tokenizer.decode(engine.generate([GenerationRequest(prompt, 1, sampling)])[0][0].response_ids[:20]))
+    engine = RolloutEngine(model)
+    asks = [Ask(prompt, sampling, 1, (whole.text[early : early + 9],)), Ask(prompt, sampling, 1, ("\u2603",))]
+    found = dict(answers(engine, tokenizer, asks))
+    assert found[0][0].text == whole.text[: whole.text.find(asks[0].stop[0])]
+    assert found[0][0].num_tokens <= 48
+    assert found[1][0] == whole
+    assert engine.stats.num_sampled_tokens == found[0][0].num_tokens + 80
+    assert engine.stats.num_prompt_tokens == 2 * len(prompt)
 
 
 @pytest.fixture
