@@ -370,7 +370,7 @@ def compare_memory(vocabulary: int, num_tokens: int) -> float:
 def start_of(preset: Any, directory: Path) -> Path:
     """A fresh checkpoint of a preset."""
     data = DataSection(path="synthetic:sft")
-    recipe = SftRecipe(stage="sft", output_dir=str(directory), model=ModelSection(preset=preset), data=data)
+    recipe = SftRecipe(stage="sft", output_dir=str(directory), seed=1, model=ModelSection(preset=preset), data=data)
     return Path(str(ensure_start(recipe, directory).path))
 
 
