@@ -108,7 +108,8 @@ def write_config(recipe: Any, start: Any, run_dir: Path) -> list[str]:
     agent_loop = [{"name": STRATEGY, "_target_": "dots_align.verl_plugin.agent_loop.SampleLoop"}]
     (directory / "agent_loop.yaml").write_text(yaml.safe_dump(agent_loop), encoding="utf-8")
     logger.info("verl's configuration: %s", directory / "config.yaml")
-    hydra = ["hydra.output_subdir=null", f"hydra.run.dir={directory}"]
+    quoted = str(directory).replace('"', '\\"')  # or Hydra takes a = or a space for its own
+    hydra = ["hydra.output_subdir=null", f'hydra.run.dir="{quoted}"']
     options = ["--config-path", str(directory), "--config-name", "config"]
     return [sys.executable, "-m", "verl.trainer.main_ppo", *options, *hydra]
 
