@@ -290,7 +290,7 @@ def load_model(
     try:
         loaded = load_base_model(base, model.dtype, model.attn_implementation, model.experts_implementation)
         if base != directory:
-            loaded = merge_adapter(loaded, directory).requires_grad_(True)  # PEFT leaves the base frozen
+            loaded = merge_adapter(loaded, directory)
         tokenizer = load_tokenizer(directory)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{directory}: cannot be loaded: {error}") from None

@@ -423,7 +423,7 @@ def merge_adapter(model: PreTrainedModel, directory: Path) -> PreTrainedModel:
             parent, _, leaf = path.rpartition(".")
             if leaf != "base_layer":  # the outermost of the wrappers of one experts module
                 setattr(adapted.get_submodule(parent), leaf, module.get_base_layer())
-    return adapted.merge_and_unload()
+    return adapted.merge_and_unload().requires_grad_(True)  # PEFT leaves the base frozen
 
 
 @torch.no_grad()

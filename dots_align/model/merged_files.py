@@ -81,9 +81,10 @@ class _Adapter:
 
     def __init__(self, directory: Path, base: Path) -> None:
         fields = _plain_fields(directory)
-        self.r: int = fields["r"]
-        self.scaling = fields["lora_alpha"] / (math.sqrt(self.r) if fields.get("use_rslora") else self.r)
-        model = add_adapter(meta_model(base, "float32", "packed", "grouped"), stored_lora(directory), str(base))
+        lora = stored_lora(directory)
+        self.r = lora.r
+        self.scaling = lora.lora_alpha / (math.sqrt(lora.r) if fields.get("use_rslora") else lora.r)
+        model = add_adapter(meta_model(base, "float32", "packed", "grouped"), lora, str(base))
         parameters = list(adapter_parameters(model))
         path = directory / ADAPTER_WEIGHTS
         self._file: Any = safe_open(path, framework="pt")
@@ -122,7 +123,8 @@ def _plain_fields(directory: Path) -> dict[str, Any]:
     path = directory / ADAPTER_CONFIG
     fields = json.loads(path.read_text(encoding="utf-8"))
     beyond = [key for key in _BEYOND if fields.get(key)]
-    beyond += [key for key in ("bias",) if fields.get(key, "none") != "none"]
+    if fields.get("bias", "none") != "none":
+        beyond.append("bias")
     beyond += [key for key in ("target_modules", "target_parameters") if isinstance(fields.get(key), str)]
     if beyond:
         raise ValueError(
