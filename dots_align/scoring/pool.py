@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 import threading
@@ -22,6 +24,7 @@ GRACE_SECONDS = 5.0
 START_SECONDS = 120.0  # a reward function's module may import much
 EXIT_SECONDS = 1.0  # between closing its connection and being gone
 NOT_READY = "NotReady"
+CLOSED = Failure("Closed", "the scoring processes were ended")
 Keep = Callable[[int, float | Failure], Any]
 """Takes the value of the response of a number."""
 
@@ -43,7 +46,11 @@ class _NotReadyError(Exception):
 
 
 class _Worker:
-    """A scoring process. Made by the thread that uses it: it is ended by the kernel together with that thread."""
+    """A scoring process. Made by the thread that uses it: it is ended by the kernel together with that thread.
+
+    Another thread may only `kill` it, for which the one that uses it has an EOFError: a descriptor closed while
+    somebody waits for it may by then be somebody else's.
+    """
 
     def __init__(self, functions: Sequence[tuple[str, dict[str, Any]]]) -> None:
         self._connection, theirs = multiprocessing.Pipe()
@@ -70,11 +77,16 @@ class _Worker:
         """The next answer; None if there is none within `seconds`. Raises: EOFError, if the process is gone."""
         return self._connection.recv() if self._connection.poll(seconds) else None
 
+    def kill(self) -> None:
+        """Kills it and what it has started, which may hold its end of the connection open."""
+        if self._process.poll() is None:  # its number is not yet another's
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def end(self, patience: float = 0.0) -> int:
         """Kills it; returns its exit status, which is -9 unless it ends by itself within `patience` seconds."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(patience)
-        self._process.kill()
+        self.kill()
         self._connection.close()
         return self._process.wait()
 
@@ -114,9 +126,13 @@ class ScoringPool:
         self._not_ready = None
 
     def close(self) -> None:
-        """Ends all processes; one that is still at work too."""
-        self._closed = True
-        self._threads.shutdown(wait=False)
+        """Ends all processes, one that is still at work too; what is not scored by then has failed."""
+        with self._lock:
+            self._closed = True
+            workers = list(self._workers)
+        for worker in workers:
+            worker.kill()
+        self._threads.shutdown()
         for worker in list(self._workers):
             self._end(worker)
 
@@ -133,11 +149,13 @@ class ScoringPool:
                 # One after the other, the next one is to blame; of many at once, nobody knows.
                 for index in left if job.at_once or failure.kind == NOT_READY else left[:1]:
                     found[index] = failure
-        return [Failure("Closed", "the scoring processes were ended") if value is None else value for value in found]
+        return [CLOSED if value is None else value for value in found]
 
     def _collect(self, job: Job, keep: Keep) -> Failure | None:
         """Keeps answers until all are there; else says why the process is no more."""
         worker = self._worker()
+        if worker is None:
+            return CLOSED
         waiting = job.seconds
         if job.at_once:  # it keeps the time of each response itself, unless it blocks its loop
             waiting = job.seconds * math.ceil(len(job.responses) / job.at_once) + GRACE_SECONDS
@@ -153,27 +171,36 @@ class ScoringPool:
                 keep(*answer)
         except _NotReadyError:
             status = self._end(worker, EXIT_SECONDS)
+            if self._closed:
+                return CLOSED
             self._not_ready = Failure(
                 NOT_READY, f"the scoring process could not load it (exit status {status}); see its output"
             )
             return self._not_ready
         except (EOFError, OSError):
-            return Failure("Crash", f"ended its process (exit status {self._end(worker, EXIT_SECONDS)})")
+            status = self._end(worker, EXIT_SECONDS)
+            return CLOSED if self._closed else Failure("Crash", f"ended its process (exit status {status})")
         finally:
             if started is not None:
                 with self._lock:
                     self.busy_seconds += time.monotonic() - started
         return None
 
-    def _worker(self) -> _Worker:
-        worker = getattr(self._local, "worker", None)
-        if worker is None or worker not in self._workers:
-            worker = self._local.worker = _Worker(self._functions)
-            self._workers.add(worker)
-        return worker
+    def _worker(self) -> _Worker | None:
+        """This thread's process, started if need be; None if all are to end."""
+        with self._lock:
+            worker: _Worker | None = getattr(self._local, "worker", None)
+            if self._closed:
+                return None
+            if worker is None or worker not in self._workers:
+                worker = self._local.worker = _Worker(self._functions)
+                self._workers.add(worker)
+            return worker
 
     def _end(self, worker: _Worker, patience: float = 0.0) -> int:
-        self._workers.discard(worker)
+        """Called by the thread that uses it, or when that is no more."""
+        with self._lock:
+            self._workers.discard(worker)
         return worker.end(patience)
 
 

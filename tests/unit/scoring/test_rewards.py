@@ -7,12 +7,14 @@ import os
 import random
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from dots_align.config import GateSection, RewardSection
 from dots_align.scoring import RewardSum, load_function
+from dots_align.scoring.pool import CLOSED, Job, ScoringPool
 from dots_align.types import Message, Prompt, Response
 
 FUNCTIONS = """
@@ -55,6 +57,10 @@ def sleeps(response):
     return float(response.text)
 def drawn(response): return random.random()
 def process(response): return os.getpid()
+def forks(response):
+    child = os.fork()
+    if not child: time.sleep(300)
+    return child
 
 running = 0
 async def how_many_at_once(response):
@@ -96,6 +102,14 @@ def rewards(mine: str) -> Iterator[Callable[..., RewardSum]]:
     yield make
     for one in made:
         one.close()
+
+
+def is_alive(pid: int) -> bool:
+    """Whether it runs: one that nobody has asked for its exit status yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def response(text: str = "yes") -> Response:
@@ -295,16 +309,36 @@ def test_functions_run_in_processes_or_where_they_are_told(rewards, mine: str) -
 
 
 def test_closing_ends_the_processes_even_at_work(rewards, mine: str) -> None:
-    import threading
-
     made = rewards(("process", 1.0), ("sleeps", 0.0))
     pids = {int(total) for total, _ in made.score([response("0")] * 16)}
-    busy = threading.Thread(target=made.score, args=([response("50")] * 4,))
-    busy.start()
-    time.sleep(0.2)
-    made.close()
-    busy.join()
+    with ThreadPoolExecutor(1) as thread:
+        scored = thread.submit(made.score, [response("50")] * 4)
+        time.sleep(0.2)
+        made.close()
+        scored.result()
     assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_a_closed_pool_has_let_go_of_all_its_jobs(mine: str, caplog) -> None:
+    pool = ScoringPool([(f"{mine}:sleeps", {})], 2)
+    done = pool.submit(Job(0, [response("0")], 60, 0))
+    assert done.result() == [0.0]
+    jobs = [pool.submit(Job(0, [response("50")], 60, 0)) for _ in range(4)]
+    pool.close()
+    assert [job.done() and job.result() for job in jobs] == [[CLOSED]] * 4
+    assert pool.submit(Job(0, [response("50")], 60, 0)).result() == [CLOSED]
+    pool.close()
+
+
+def test_what_a_reward_function_has_started_does_not_keep_a_pool_from_closing(mine: str) -> None:
+    pool = ScoringPool([(f"{mine}:forks", {})], 1)
+    (child,) = pool.submit(Job(0, [response()], 60, 0)).result()
+    pool.close()
+    assert isinstance(child, float)
+    waited_until = time.monotonic() + 30
+    while is_alive(int(child)) and time.monotonic() < waited_until:
+        time.sleep(0.01)
+    assert not is_alive(int(child))
 
 
 def test_a_module_that_only_the_trainer_can_import_fails_once_for_all(tmp_path: Path, rewards, caplog) -> None:
