@@ -47,6 +47,7 @@ from dots_align.model.lora import (
 )
 from dots_align.model.merged_files import open_weights
 from dots_align.model.sharded_io import VALUE_HEAD, load_weights, own_part, place_part, save_weights
+from dots_align.run_directory import recipe_hash
 from dots_align.runtime import (
     barrier,
     device,
@@ -55,7 +56,6 @@ from dots_align.runtime import (
     logger,
     now,
     on_main,
-    recipe_hash,
     start_processes,
     world_size,
     write_json,

@@ -216,7 +216,8 @@ def _add_eval(evaluate: argparse.ArgumentParser) -> None:
 
 def _stage(options: argparse.Namespace) -> None:
     recipe = load_recipe(options.recipe, options.overrides, options.command)
-    from dots_align.runtime import leave_run_directories, setup_logging
+    from dots_align.run_directory import leave_run_directories
+    from dots_align.runtime import setup_logging
 
     setup_logging()
     try:

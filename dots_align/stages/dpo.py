@@ -10,7 +10,8 @@ from trl import DPOConfig
 from dots_align.config import DpoRecipe
 from dots_align.data.chat import as_dicts, encode_conversation
 from dots_align.data.sources import data_hash, load_preference_pairs
-from dots_align.runtime import device, on_main, open_run_directory, seed_everything
+from dots_align.run_directory import open_run_directory
+from dots_align.runtime import device, on_main, seed_everything
 from dots_align.stages.losses import LeanDpoTrainer
 from dots_align.stages.trainer import prepare_model, train_and_publish, trainer_arguments
 from dots_align.types import Message, PreferencePair

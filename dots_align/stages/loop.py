@@ -29,15 +29,8 @@ from dots_align.model.lora import trainable_summary
 from dots_align.model.training import CriticEngine, TrainingEngine
 from dots_align.objectives.mismatch import MismatchError
 from dots_align.rollout.backend import make_backend, refresh
-from dots_align.runtime import (
-    MetricsLog,
-    is_main_process,
-    logger,
-    on_main,
-    open_run_directory,
-    progress,
-    seed_everything,
-)
+from dots_align.run_directory import open_run_directory
+from dots_align.runtime import MetricsLog, is_main_process, logger, on_main, progress, seed_everything
 from dots_align.scoring import RewardSum
 from dots_align.stages.ahead import Ahead, bring_up_to_date, can_be_beside, copy_of
 from dots_align.stages.buffer import load_rollouts, save_rollouts

@@ -11,7 +11,8 @@ from dots_align.checkpoint import evaluation_of, linked, newest_whole
 from dots_align.config import PipelineRecipe, load_recipe
 from dots_align.export.targets import export
 from dots_align.report.page import write_report
-from dots_align.runtime import logger, open_run_directory, world_size, write_json
+from dots_align.run_directory import open_run_directory
+from dots_align.runtime import logger, world_size, write_json
 
 EXPORT, REPORT, RECORD = "export", "report.html", "pipeline.json"
 

@@ -13,7 +13,8 @@ from trl import RewardConfig
 from dots_align.config import RewardModelRecipe
 from dots_align.data.chat import encode_conversation
 from dots_align.data.sources import data_hash, load_preference_pairs
-from dots_align.runtime import device, logger, open_run_directory, seed_everything
+from dots_align.run_directory import open_run_directory
+from dots_align.runtime import device, logger, seed_everything
 from dots_align.stages.losses import LeanRewardTrainer
 from dots_align.stages.trainer import prepare_model, train_and_publish, trainer_arguments
 from dots_align.types import Message, PreferencePair

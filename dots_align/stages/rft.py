@@ -27,17 +27,8 @@ from dots_align.evals.preference import load_preference_model
 from dots_align.generation.command import generate
 from dots_align.generation.options import GenerateOptions
 from dots_align.generation.output import Output
-from dots_align.runtime import (
-    barrier,
-    logger,
-    on_main,
-    open_run_directory,
-    progress,
-    rank,
-    seed_everything,
-    world_size,
-    write_json,
-)
+from dots_align.run_directory import open_run_directory
+from dots_align.runtime import barrier, logger, on_main, progress, rank, seed_everything, world_size, write_json
 from dots_align.scoring import RewardSum
 from dots_align.stages.conversations import train_on
 from dots_align.types import Conversation, Message, Prompt, Response

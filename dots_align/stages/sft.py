@@ -6,7 +6,8 @@ from pathlib import Path
 
 from dots_align.config import SftRecipe
 from dots_align.data.sources import load_conversations
-from dots_align.runtime import open_run_directory, seed_everything
+from dots_align.run_directory import open_run_directory
+from dots_align.runtime import seed_everything
 from dots_align.stages.conversations import train_on
 
 

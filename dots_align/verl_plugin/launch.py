@@ -18,7 +18,8 @@ from dots_align.checkpoint import check_layout_of, ensure_start, newest_whole, s
 from dots_align.data.sources import load_prompts
 from dots_align.evals.on_save import resolve_hooks
 from dots_align.evals.publisher import Publisher
-from dots_align.runtime import MetricsLog, logger, open_run_directory, world_size
+from dots_align.run_directory import open_run_directory
+from dots_align.runtime import MetricsLog, logger, world_size
 from dots_align.scoring.functions import load_function
 from dots_align.verl_plugin.follow import Follower
 from dots_align.verl_plugin.mapping import LOADING, STRATEGY, check, verl_config

@@ -8,7 +8,7 @@ import pytest
 
 from dots_align import cli
 from dots_align.config import DataSection, SftRecipe
-from dots_align.runtime import open_run_directory
+from dots_align.run_directory import open_run_directory
 
 EVAL = ["eval", "checkpoint", "--tasks", "gsm8k", "max_tokens=64", "--limit", "5", "top_p=0.9"]
 

@@ -155,7 +155,7 @@ def test_what_verl_cannot_do_is_refused_by_name(sections: dict[str, Any], named:
 
 
 def test_how_it_is_launched_does_not_make_another_run_but_by_what_does() -> None:
-    from dots_align.runtime import recipe_hash
+    from dots_align.run_directory import recipe_hash
 
     plain = GrpoRecipe.model_validate({**BASE, "stage": "grpo", "launch": {}})
     wider = plain.model_copy(update={"launch": LaunchSection(processes_per_node=4)})
