@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from dots_align import __version__
 from dots_align.config import LoraSection, ModelSection, ParallelSection, recipe_dict
 from dots_align.data import synthetic
 from dots_align.data.chat import stop_token_ids
+from dots_align.data.encoding import encode_prompts
 from dots_align.data.tokenizer import load_tokenizer, train_tokenizer
 from dots_align.model.dots1 import create_model, lm_head, load_base_model, materialize, meta_model, preset_config
 from dots_align.model.expert_parallel import check_layout, is_sharded, reshard, shard_model
@@ -60,11 +61,11 @@ from dots_align.runtime import (
     world_size,
     write_json,
 )
+from dots_align.types import Prompt
 
 MANIFEST = "manifest.json"
 UNSEALED = (MANIFEST, "README.md")  # a model card may be edited without the checkpoint being damaged
 PREFIX = "checkpoint-"
-STORED = ("F32", "BF16", "F16", "F64")
 IDENTIFYING = ("*.safetensors", "config.json", ADAPTER_CONFIG, "tokenizer*", "chat_template*", "vocab*", "merges*")
 
 
@@ -314,8 +315,18 @@ def model_directories(model: ModelSection, scalar_head: bool = False) -> tuple[P
     if base != directory:
         check_whole(base)
     _check_config(base)
-    _check_dtypes(base)
     return directory, base
+
+
+def encode_rollout_prompts(model: ModelSection, prompts: Sequence[Prompt], max_tokens: int) -> list[list[int]]:
+    """Token ids of prompts, from a checkpoint's tokenizer and configuration alone: no weight is loaded.
+
+    Raises:
+        ValueError: a prompt and an answer of `max_tokens` tokens do not fit into the checkpoint's context.
+    """
+    directory, base = model_directories(model)
+    room = Dots1Config.from_pretrained(base, local_files_only=True).max_position_embeddings
+    return encode_prompts(load_tokenizer(directory), [(p.messages, p.source) for p in prompts], room, max_tokens)
 
 
 def load_trainable(
@@ -429,25 +440,11 @@ def _check_architecture(directory: Path, scalar_head: bool = False) -> None:
 
 def _check_config(directory: Path) -> None:
     try:
-        Dots1Config.from_pretrained(directory, local_files_only=True)
+        config = Dots1Config.from_pretrained(directory, local_files_only=True)
     except (StrictDataclassError, TypeError) as error:
         raise ValueError(f"{directory / 'config.json'}: {str(error).splitlines()[-1].strip()}") from None
-
-
-def _check_dtypes(directory: Path) -> None:
-    """Raises ValueError if a tensor is quantized: without its scales, its numbers are no weights."""
-    for path in sorted(directory.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as shard:
-                stored = {name: shard.get_slice(name).get_dtype() for name in shard.keys()}  # noqa: SIM118 - no mapping
-        except SafetensorError as error:
-            raise ValueError(f"{path}: cannot be loaded: {error}; copy it again") from None
-        for name, dtype in stored.items():
-            if dtype not in STORED:
-                raise ValueError(
-                    f"{path}: {name} is stored as {dtype}; dots_align reads {', '.join(STORED)}: give it a checkpoint "
-                    "that is not quantized"
-                )
+    if getattr(config, "quantization_config", None):
+        raise ValueError(f"{directory / 'config.json'}: the weights are quantized; give a checkpoint that is not")
 
 
 def ensure_start(recipe: Any, run_dir: Path) -> ModelSection:

@@ -259,13 +259,14 @@ def _eval(options: argparse.Namespace) -> None:
 
     setup_logging()
     from dots_align.checkpoint import check_parallel
+    from dots_align.evals.command import result_file
     from dots_align.evals.on_save import evaluate_directory
 
     if recipe.model.path is None:
         raise ValueError("model.path is not set; give the checkpoint directory to evaluate")
     check_parallel(recipe)
     checkpoint = Path(recipe.model.path)
-    output = Path(recipe.output) if recipe.output else checkpoint / "eval.json"
+    output = result_file(checkpoint, recipe)
     evaluate_directory(checkpoint, recipe.model, recipe.evaluation, recipe.seed, output, recipe.parallel)
     if is_main_process():
         print(output)

@@ -348,7 +348,10 @@ class EvalRecipe(Section):
     model: ModelSection
     parallel: ParallelSection = ParallelSection()
     evaluation: EvaluationSection
-    output: str | None = Field(default=None, description="file for the result; <checkpoint>/eval.json if not given")
+    output: str | None = Field(
+        default=None,
+        description="by default the checkpoint's eval.json, or a file under evals/ if that holds another evaluation",
+    )
 
 
 class PipelineStage(Section):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
-from dots_align.checkpoint import check_whole, fingerprint, load_trainable, stored_dtype
-from dots_align.config import ModelSection, ParallelSection, apply_override
+from dots_align.checkpoint import check_whole, fingerprint, load_trainable, read_json, stored_dtype
+from dots_align.config import EvalRecipe, ModelSection, ParallelSection, apply_override
 from dots_align.evals.benchmarks import Suite, run_suite, table
+from dots_align.evals.on_save import EVALS, evaluation_key
 from dots_align.runtime import is_main_process, write_json
 
 RESULTS = "results.json"
@@ -27,7 +30,8 @@ def run(options: Any) -> Path:
         raise ValueError("--lm-eval needs lm-evaluation-harness; pip install 'dots-align[lm-eval]'")
     check_whole(options.target)
     checkpoint = options.target.resolve()
-    directory = options.output or checkpoint / "evals"
+    directory = options.output or checkpoint / EVALS
+    _make_writable(directory, "--output FOLDER")
     section = ModelSection(path=str(checkpoint), dtype=stored_dtype(checkpoint))  # pyright: ignore[reportArgumentType]
     model, tokenizer = load_trainable(section, ParallelSection(), bf16=False)
     known = fingerprint(checkpoint)
@@ -41,6 +45,29 @@ def run(options: Any) -> Path:
         write_json(directory / RESULTS, {"checkpoint": str(checkpoint), "results": found})
         print(table(found))
     return directory / RESULTS
+
+
+def result_file(checkpoint: Path, recipe: EvalRecipe) -> Path:
+    """Where the result of an eval recipe goes: the checkpoint's `eval.json`, unless that is the result of another
+    evaluation, such as the one it was saved with; then a file of its own under `evals/`. Its folder is made.
+
+    Raises:
+        ValueError: nothing can be written there, said before anything is asked.
+    """
+    own, key = checkpoint / "eval.json", evaluation_key(recipe.model, recipe.evaluation, recipe.seed)
+    beside = own.is_file() and read_json(own).get("key") != key
+    output = checkpoint / EVALS / f"eval-{key}.json" if beside else own
+    if recipe.output:
+        output = Path(recipe.output)
+    _make_writable(output.parent, "output=FILE")
+    return output
+
+
+def _make_writable(directory: Path, remedy: str) -> None:
+    with contextlib.suppress(OSError):  # what is wrong shows in what is there then
+        directory.mkdir(parents=True, exist_ok=True)
+    if not directory.is_dir() or not os.access(directory, os.W_OK):
+        raise ValueError(f"{directory}: results cannot be written there; give {remedy}")
 
 
 def suite_of(options: Any) -> Suite:

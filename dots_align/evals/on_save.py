@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from dots_align.checkpoint import check_whole, fingerprint, load_trainable
-from dots_align.config import EvaluationSection, HookSection, ModelSection, ParallelSection, SuiteSection
+from dots_align.config import EvaluationSection, HookSection, ModelSection, ParallelSection, SuiteSection, recipe_dict
 from dots_align.evals.benchmarks import Suite, run_suite
 from dots_align.evals.hook_process import user_hook
 from dots_align.evals.hooks import Hook, SaveHook
 from dots_align.evals.preference import evaluate_pairs
-from dots_align.evals.suite import evaluate
+from dots_align.evals.suite import METRICS, evaluate
 from dots_align.runtime import is_main_process, logger, write_json
 from dots_align.scoring import load_function
 
@@ -26,9 +28,7 @@ def resolve_hooks(recipe: Any) -> list[SaveHook]:
     trained.
     """
     if recipe.evaluation is not None and recipe.stage != "reward_model":
-        load_function(recipe.evaluation.scorer, "evaluation.scorer")
-        if recipe.evaluation.tasks is not None:
-            Suite(recipe.evaluation.tasks.names).tasks()
+        metrics_of(recipe.evaluation)
     found: list[SaveHook] = []
     for section in recipe.on_save:
         if section.hook not in POLICIES:
@@ -38,6 +38,13 @@ def resolve_hooks(recipe: Any) -> list[SaveHook]:
             name = f"{short}_{len(found) + 1}" if taken else short
             found.append(SaveHook(name, resolve_hook(section), section, everywhere=section.hook == "evaluate"))
     return found
+
+
+def metrics_of(evaluation: EvaluationSection) -> list[str]:
+    """Names of what an evaluation measures. Raises ValueError for a scorer or a task that does not exist."""
+    load_function(evaluation.scorer, "evaluation.scorer")
+    tasks = Suite(evaluation.tasks.names).tasks() if evaluation.tasks is not None else []
+    return [*METRICS, *(f"{task.name}/{task.metric}" for task in tasks)]
 
 
 def resolve_hook(section: HookSection) -> Hook:
@@ -113,7 +120,7 @@ def evaluate_directory(
     """Loads a checkpoint directory, full or adapter, evaluates it and writes the result to `output`."""
     section = model.model_copy(update={"path": str(checkpoint), "preset": None})
     loaded, tokenizer = load_trainable(section, parallel or ParallelSection(), bf16)
-    result = evaluate(loaded, tokenizer, evaluation, seed)
+    result = {**evaluate(loaded, tokenizer, evaluation, seed), "key": evaluation_key(model, evaluation, seed)}
     if evaluation.tasks is not None:
         _add_tasks(result, loaded, tokenizer, evaluation.tasks, checkpoint, output)
     if is_main_process():
@@ -130,9 +137,18 @@ def evaluate_directory(
     return {f"eval/{name}": value for name, value in metrics.items()}
 
 
+def evaluation_key(model: ModelSection, evaluation: EvaluationSection, seed: int) -> str:
+    """Tells evaluations of one checkpoint apart: 12 hexadecimal digits over what is asked, and in which dtype."""
+    asked = recipe_dict(evaluation)
+    del asked["num_samples_shown"]
+    text = json.dumps([asked, seed, model.dtype], sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
 def _add_tasks(result: dict[str, Any], model: Any, tokenizer: Any, tasks: SuiteSection, checkpoint: Path, output: Path):
     suite = Suite(tasks.names, Path(tasks.data) if tasks.data else None, tasks.limit, tasks.hub)
-    found = run_suite(model, tokenizer, suite, fingerprint(checkpoint), output.parent / EVALS)
+    directory = output.parent if output.parent.name == EVALS else output.parent / EVALS
+    found = run_suite(model, tokenizer, suite, fingerprint(checkpoint), directory)
     result["tasks"] = {name: task["metrics"] for name, task in found.items()}
     for name, task in found.items():
         result["metrics"][f"{name}/{task['metric']}"] = task["metrics"][task["metric"]]["value"]

@@ -16,6 +16,8 @@ from dots_align.runtime import gather_objects, progress, rank, world_size
 from dots_align.scoring import RewardSum
 from dots_align.types import GenerationRequest, Prompt, Response, Sample, SamplingParams
 
+METRICS = ("exact_match", "stop_rate", "mean_length")
+
 
 def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, evaluation: EvaluationSection, seed: int

@@ -14,6 +14,7 @@ from transformers import Dots1Config, Dots1ForCausalLM, GenerationConfig, PreTra
 from dots_align.model import attention, experts
 from dots_align.model.fused import use_kernels
 from dots_align.model.router import keep_router_in_fp32
+from dots_align.model.sharded_io import check_dtypes
 
 # `llm1` is the released shape (142.8 B parameters, 14.0 B active). `tiny` and `small` keep every trait of it (dense
 # first layer, sigmoid router with correction bias, top-k of many narrow experts, 2 shared experts, MHA with QK-norm,
@@ -120,8 +121,10 @@ def load_base_model(
     """Loads a full (not adapter) checkpoint directory: safetensors only, no remote code, the global RNG untouched.
 
     Raises:
-        ValueError: a tensor is missing or has the wrong shape; transformers alone would go on with random values.
+        ValueError: a tensor is missing or has the wrong shape, where transformers alone would go on with random values;
+        or is quantized, where it would take whole numbers for weights.
     """
+    check_dtypes(Path(path))
     wrong = "the checkpoint is not whole, or not of the model its config.json describes"
     with torch.random.fork_rng():
         try:

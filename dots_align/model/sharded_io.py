@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
@@ -26,6 +26,7 @@ WEIGHTS = "model.safetensors"
 CORRECTION_BIAS = "e_score_correction_bias"
 VALUE_HEAD, SCORE_HEAD = "lm_head.weight", "score.weight"
 """What the one row of a critic or a reward model is called in the model, and in a reward model's files."""
+STORED = ("F32", "BF16", "F16", "F64")
 _EXPERTS = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)")
 
 
@@ -41,8 +42,37 @@ def hub_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
     return found
 
 
+def open_shard(path: Path) -> Any:
+    """A safetensors file, of which nothing but the header is read yet. Raises ValueError if that is damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cannot be loaded: {error}; copy it again") from None
+
+
+def check_dtypes(directory: Path) -> None:
+    """Raises ValueError if a tensor in a directory's safetensors files is quantized, which transformers would not."""
+    for path in sorted(directory.glob("*.safetensors")):
+        with open_shard(path) as shard:
+            for name in shard.keys():  # noqa: SIM118 - not a mapping
+                _check_dtype(path, name, shard.get_slice(name))
+
+
+def _check_dtype(path: Path, name: str, tensor: Any) -> None:
+    """Without its scales, the numbers of a quantized tensor are no weights."""
+    if (dtype := tensor.get_dtype()) not in STORED:
+        raise ValueError(
+            f"{path}: {name} is stored as {dtype}; dots_align reads {', '.join(STORED)}: give it a checkpoint that is "
+            "not quantized"
+        )
+
+
 class HubFiles:
-    """Slices of tensors in the safetensors files of a directory, opened when first needed."""
+    """Slices of tensors in the safetensors files of a directory, opened when first needed.
+
+    Raises:
+        ValueError: a file is damaged; or, in whatever reads one, a tensor is missing, quantized or of another shape.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -50,7 +80,7 @@ class HubFiles:
         if (directory / INDEX).is_file():
             self.file_of: dict[str, str] = json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"]
         else:
-            with safe_open(directory / WEIGHTS, framework="pt") as file:
+            with open_shard(directory / WEIGHTS) as file:
                 self.file_of = dict.fromkeys(file.keys(), WEIGHTS)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -63,8 +93,10 @@ class HubFiles:
             raise ValueError(f"{self.directory}: tensor {name} is missing; the checkpoint is not whole")
         file = self.file_of[name]
         if file not in self._open:
-            self._open[file] = safe_open(self.directory / file, framework="pt")
-        return self._open[file].get_slice(name)
+            self._open[file] = open_shard(self.directory / file)
+        tensor = self._open[file].get_slice(name)
+        _check_dtype(self.directory / file, name, tensor)
+        return tensor
 
     def read(self, name: str, shape: tuple[int, ...], part: tuple[slice, ...]) -> torch.Tensor:
         tensor = self._slice(name)

@@ -12,9 +12,18 @@ from pydantic import ValidationError
 from dots_align import __version__
 from dots_align.checkpoint import MANIFEST, check_whole, file_sha256
 from dots_align.config import ReleaseRecipe, apply_override, explain, load_recipe, recipe_dict
+from dots_align.data.sources import load_prompts
 from dots_align.export.source import without_local_paths
 from dots_align.export.targets import export
-from dots_align.release.gates import Gate, evaluation_gates, leak_gate, parity_gate, reload_gate, template_gate
+from dots_align.release.gates import (
+    Gate,
+    check_thresholds,
+    evaluation_gates,
+    leak_gate,
+    parity_gate,
+    reload_gate,
+    template_gate,
+)
 from dots_align.runtime import logger, now, write_json
 
 MARK = "RELEASE.json"
@@ -34,10 +43,13 @@ def release(checkpoint: Path, output: Path, recipe: ReleaseRecipe, overwrite: bo
         no mark.
 
     Raises:
-        ValueError: the checkpoint is damaged, or `output` holds something else.
+        ValueError: the checkpoint is damaged, a threshold or the evaluation's data is wrong, or `output` holds
+        something else.
     """
     checkpoint, output = Path(checkpoint), Path(output)
     check_whole(checkpoint)
+    check_thresholds(recipe)
+    load_prompts(recipe.evaluation.data, recipe.seed)  # what is wrong with it should not show after the other gates
     failed = failure_of(output)
     failed.unlink(missing_ok=True)
     _refuse_foreign(output, overwrite)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from dots_align.config import ModelSection, ReleaseRecipe
 from dots_align.data.chat import CHAT_TEMPLATE, as_dicts
-from dots_align.evals.on_save import evaluate_directory
+from dots_align.evals.on_save import evaluate_directory, metrics_of
 from dots_align.export.template import portable_template
 from dots_align.export.verify import CONVERSATIONS
 from dots_align.parity.check import Sources, parity
@@ -20,6 +22,7 @@ from dots_align.parity.questions import end_of_turn
 from dots_align.release.leaks import find_leaks
 
 STOP_RATE = "stop_rate"
+SHARES = ("exact_match", STOP_RATE)
 
 
 @dataclass(frozen=True)
@@ -70,12 +73,25 @@ def evaluation_gates(exported: Path, recipe: ReleaseRecipe, output: Path) -> lis
     ]
 
 
+def check_thresholds(recipe: ReleaseRecipe) -> None:
+    """Raises ValueError for a threshold that no checkpoint could be held to, before any gate has run."""
+    measured = metrics_of(recipe.evaluation)
+    for name, least in recipe.thresholds.items():
+        key = f"thresholds.{name}"
+        if name not in measured:
+            near = difflib.get_close_matches(name, measured, n=1)
+            told = f"did you mean {near[0]}?" if near else f"there are {', '.join(measured)}"
+            raise ValueError(f"{key}: the evaluation has no such metric; {told}")
+        if not math.isfinite(least):
+            raise ValueError(f"{key}={least:g}: give the number that {name} has to reach")
+        if name in SHARES and not 0 <= least <= 1:
+            raise ValueError(f"{key}={least:g}: {name} is a share; give a number from 0 to 1, such as 0.9 for 90 %")
+
+
 def _below(metrics: Mapping[str, float], thresholds: Mapping[str, float]) -> list[str]:
     reasons = []
     for name, least in thresholds.items():
-        if name not in metrics:
-            reasons.append(f"{name} was not measured; the evaluation has {', '.join(sorted(metrics))}")
-        elif not metrics[name] >= least:
+        if not metrics[name] >= least:
             reasons.append(f"{name} is {metrics[name]:.4g}, at least {least:g} is asked for")
     return reasons
 

@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dots_align.checkpoint import (
+    encode_rollout_prompts,
     ensure_start,
     load_state,
     load_trainable,
@@ -59,6 +60,7 @@ class RlLoop:
         reference: PreTrainedModel | None,
         tokenizer: PreTrainedTokenizerBase,
         prompts: list[Prompt],
+        prompt_ids: list[list[int]],
         rewards: RewardSum,
         critic: Any = None,
     ) -> None:
@@ -67,9 +69,7 @@ class RlLoop:
         beside = train.off_policy_steps > 0 and can_be_beside(policy, rollout.backend)
         self.sampling_policy = copy_of(policy) if beside and rollout.backend == "local" else policy
         self.rollout_engine = make_backend(rollout, self.sampling_policy)
-        self.collector = Collector(
-            recipe, self.rollout_engine, tokenizer, prompts, policy.config.max_position_embeddings, rewards
-        )
+        self.collector = Collector(recipe, self.rollout_engine, tokenizer, prompts, prompt_ids, rewards)
         self.ahead = None
         if train.off_policy_steps:
             self.ahead = Ahead(self.collector.collect, self._bring_up_to_date, train.max_steps, beside)
@@ -216,6 +216,7 @@ def run(recipe: RlRecipe) -> Path:
     run_dir = open_run_directory(recipe)
     seed_everything(recipe.seed)
     start, resume = ensure_start(recipe, run_dir), on_main(lambda: newest_whole(run_dir))
+    prompt_ids = encode_rollout_prompts(start, prompts, recipe.rollout.max_tokens)
     policy, tokenizer = load_trainable(start, recipe.parallel, recipe.train.bf16, recipe.lora, recipe.seed)
     logger.info("%s: %s", recipe.stage, trainable_summary(policy))
     reference, critic = None, None
@@ -229,7 +230,7 @@ def run(recipe: RlRecipe) -> Path:
             load_state(model, stored)
         if model is not None and recipe.train.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-    loop = RlLoop(recipe, policy, reference, tokenizer, prompts, rewards, critic)
+    loop = RlLoop(recipe, policy, reference, tokenizer, prompts, prompt_ids, rewards, critic)
     publisher = Publisher(run_dir, recipe, data_hash(prompts), hooks)
     log = MetricsLog(run_dir, step_of(resume) if resume else 0, recipe)
     if resume:

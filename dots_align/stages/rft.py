@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from dots_align.checkpoint import ensure_start
+from dots_align.checkpoint import encode_rollout_prompts, ensure_start
 from dots_align.config import DataSection, ModelSection, RftRecipe, recipe_dict
 from dots_align.data.chat import as_dicts
 from dots_align.data.selection import Answer, Selected, select
@@ -47,6 +47,7 @@ def run(recipe: RftRecipe) -> Path:
     directory = run_dir / "rft"
     if not on_main((directory / SELECTED).is_file):
         start = ensure_start(recipe, run_dir)
+        encode_rollout_prompts(start, prompts, recipe.rollout.max_tokens)  # or it shows when all others are sampled
         generate(sampling_options(recipe, start), directory / SAMPLES)
         _free_memory()
         _score(recipe, prompts, directory)

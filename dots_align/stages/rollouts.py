@@ -15,7 +15,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from dots_align.data.chat import stop_token_ids, token_texts
-from dots_align.data.encoding import encode_prompts
 from dots_align.evals.suite import to_response
 from dots_align.objectives.advantages import overlong_penalty, zero_variance_groups
 from dots_align.rollout.backend import RolloutBackend
@@ -122,14 +121,11 @@ class Collector:
     """Rollouts of one step after the other, by a back end that has the weights they should be sampled with.
 
     Args:
-        context: most tokens of a prompt and its response.
+        prompt_ids: the prompts' tokens.
 
     Attributes:
         position: of the next prompt to draw.
         groups: prompts in work that no step has had yet, in the order of positions.
-
-    Raises:
-        ValueError: a prompt does not fit.
     """
 
     def __init__(
@@ -138,13 +134,11 @@ class Collector:
         engine: RolloutBackend,
         tokenizer: PreTrainedTokenizerBase,
         prompts: list[Prompt],
-        context: int,
+        prompt_ids: list[list[int]],
         rewards: RewardSum,
     ) -> None:
         self.recipe, self.engine, self.tokenizer = recipe, engine, tokenizer
-        self.prompts, self.rewards = prompts, rewards
-        where = [(p.messages, p.source) for p in prompts]
-        self.prompt_ids = encode_prompts(tokenizer, where, context, recipe.rollout.max_tokens)
+        self.prompts, self.prompt_ids, self.rewards = prompts, prompt_ids, rewards
         self.sampler = PromptSampler(len(prompts), recipe.seed)
         self.episodes = None
         if recipe.environment is not None and isinstance(engine, RolloutEngine):

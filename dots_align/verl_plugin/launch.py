@@ -14,13 +14,14 @@ from typing import Any
 import torch
 import yaml
 
-from dots_align.checkpoint import check_layout_of, ensure_start, newest_whole, step_of
+from dots_align.checkpoint import check_layout_of, encode_rollout_prompts, ensure_start, newest_whole, step_of
 from dots_align.data.sources import load_prompts
 from dots_align.evals.on_save import resolve_hooks
 from dots_align.evals.publisher import Publisher
 from dots_align.run_directory import open_run_directory
 from dots_align.runtime import MetricsLog, logger, world_size
 from dots_align.scoring.functions import load_function
+from dots_align.types import Prompt
 from dots_align.verl_plugin.follow import Follower
 from dots_align.verl_plugin.mapping import LOADING, STRATEGY, check, verl_config
 
@@ -34,10 +35,11 @@ def run(recipe: Any) -> Path:
     Raises:
         ValueError: something in the recipe or on this machine does not allow it, or verl's trainer failed.
     """
-    _check(recipe)
+    prompts = _check(recipe)
     hooks = resolve_hooks(recipe)
     run_dir = open_run_directory(recipe)
     start = ensure_start(recipe, run_dir)
+    encode_rollout_prompts(start, prompts, recipe.rollout.max_tokens)  # Ray's processes would say it minutes later
     command = write_config(recipe, start, run_dir)
     publisher = Publisher(run_dir, recipe, "", hooks)
     resume = newest_whole(run_dir)
@@ -56,8 +58,8 @@ def run(recipe: Any) -> Path:
     return last
 
 
-def _check(recipe: Any) -> None:
-    """What can be known before anything is made."""
+def _check(recipe: Any) -> list[Prompt]:
+    """What can be known before anything is made; the prompts."""
     if world_size() > 1:
         raise ValueError(
             "launch.backend=verl: Ray starts the processes itself; run this once, without accelerate or torchrun"
@@ -65,7 +67,7 @@ def _check(recipe: Any) -> None:
     check(recipe)
     for reward in recipe.rewards:
         load_function(reward.function, "rewards.function")
-    load_prompts(recipe.data, recipe.seed)
+    prompts = load_prompts(recipe.data, recipe.seed)
     if missing := [name for name in EXTRA if find_spec(name) is None]:
         raise ValueError(
             f"launch.backend=verl: {', '.join(missing)} not installed; pip install -c constraints.txt -e '.[cluster]'"
@@ -75,6 +77,7 @@ def _check(recipe: Any) -> None:
         _check_this_machine(recipe.launch)
     else:
         _check_paths([recipe.data.path, *(reward.function for reward in recipe.rewards)])
+    return prompts
 
 
 def _check_this_machine(launch: Any) -> None:

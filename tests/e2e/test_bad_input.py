@@ -73,8 +73,13 @@ def test_wrong_type(fails, recipe, out: Path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("stage", ["sft", "grpo"])
+@pytest.mark.parametrize("stage", ["sft", "grpo", "ppo", "rft"])
 def test_prompt_longer_than_the_context(fails, recipe, start: Path, out: Path, tmp_path: Path, stage: str):
+    """Where a model samples, weights are not even looked at by then."""
+    if stage != "sft":
+        start = Path(shutil.copytree(start, tmp_path / "start"))
+        weights = start / "model.safetensors"
+        weights.write_bytes(bytes(weights.stat().st_size))
     long = "seven " * 3000
     data = jsonl(
         tmp_path / "data.jsonl",

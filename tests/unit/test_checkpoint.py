@@ -13,14 +13,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Dots1ForCausalLM, PreTrainedTokenizerFast
+from transformers import Dots1Config, Dots1ForCausalLM, PreTrainedTokenizerFast
 
 from dots_align.checkpoint import (
     check_whole,
     checkpoints,
+    encode_rollout_prompts,
     ensure_start,
     load_model,
     load_trainable,
+    model_directories,
     newest_whole,
     save_model,
     staged,
@@ -28,8 +30,10 @@ from dots_align.checkpoint import (
     tensor_names,
 )
 from dots_align.config import DataSection, LoraSection, ModelSection, ParallelSection, SftRecipe
-from dots_align.data.chat import CHAT_TEMPLATE
+from dots_align.data.chat import CHAT_TEMPLATE, encode_prompt
 from dots_align.model.lora import add_adapter
+from dots_align.model.sharded_io import load_weights
+from dots_align.types import Message, Prompt
 
 WEIGHTS = "model.safetensors"
 
@@ -209,8 +213,44 @@ def test_quantized_weights_are_refused(copied: Path) -> None:
     tensors["lm_head.weight"] = tensors["lm_head.weight"].to(torch.int8)
     save_file(tensors, copied / WEIGHTS, metadata={"format": "pt"})
     (copied / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"model\.safetensors: lm_head\.weight is stored as I8; .* F32, BF16"):
+    refused = pytest.raises(ValueError, match=r"model\.safetensors: lm_head\.weight is stored as I8; .* F32, BF16")
+    with refused:
         load_model(ModelSection(path=str(copied)))
+    with refused:  # as on several processes: from the files into what each keeps
+        load_weights(Dots1ForCausalLM(Dots1Config.from_pretrained(copied)), copied)
+
+
+def test_what_says_that_it_is_quantized_is_refused_by_its_configuration(copied: Path) -> None:
+    edit_config(copied, lambda config: config.update(quantization_config={"quant_method": "fp8"}))
+    with pytest.raises(ValueError, match=r"config\.json: the weights are quantized"):
+        model_directories(ModelSection(path=str(copied)))
+
+
+def test_weights_are_opened_only_to_be_read(copied: Path) -> None:
+    """At 142 B parameters there are hundreds of files, on a file system far away, and many a process."""
+    (copied / WEIGHTS).write_bytes(bytes((copied / WEIGHTS).stat().st_size))
+    section = ModelSection(path=str(copied))
+    assert model_directories(section) == (copied, copied)
+    for load in (lambda: load_model(section), lambda: load_trainable(section, None, bf16=False, scalar_head=True)):
+        with pytest.raises(
+            ValueError, match=rf"{re.escape(str(copied))}/{WEIGHTS}: cannot be loaded: .*; copy it again"
+        ):
+            load()
+
+
+def test_prompts_are_encoded_by_configuration_and_tokenizer_alone(
+    copied: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    (copied / WEIGHTS).write_bytes(bytes((copied / WEIGHTS).stat().st_size))
+    room = Dots1Config.from_pretrained(copied).max_position_embeddings
+    prompts = [Prompt([Message("user", "1+1?")], "2", "a.jsonl:1")]
+    (ids,) = encode_rollout_prompts(ModelSection(path=str(copied)), prompts, 4)
+    assert ids == encode_prompt(tokenizer, prompts[0].messages)
+    assert encode_rollout_prompts(ModelSection(path=str(copied)), prompts, room - len(ids)) == [ids]
+    with pytest.raises(
+        ValueError, match=rf"a\.jsonl:1: prompt of {len(ids)} tokens plus max_tokens=.* of {room} tokens"
+    ):
+        encode_rollout_prompts(ModelSection(path=str(copied)), prompts, room - len(ids) + 1)
 
 
 def test_weights_without_a_tokenizer_say_what_to_copy(copied: Path) -> None:

@@ -10,8 +10,9 @@ import pytest
 import torch
 from transformers import Dots1ForCausalLM, PreTrainedTokenizerFast
 
-from dots_align.config import DataSection, EvaluationSection, HookSection
-from dots_align.evals.on_save import evaluate_checkpoint, resolve_hooks
+from dots_align.config import DataSection, EvalRecipe, EvaluationSection, HookSection, ModelSection
+from dots_align.evals.command import result_file
+from dots_align.evals.on_save import evaluate_checkpoint, evaluation_key, resolve_hooks
 from dots_align.evals.suite import evaluate
 from dots_align.types import Response
 
@@ -105,6 +106,28 @@ def test_the_hook_writes_what_the_evaluation_found(model_dir: Path, tmp_path: Pa
     assert metrics == {"eval/exact_match": 0.0, "eval/stop_rate": 0.0, "eval/mean_length": 5.0}
     written = json.loads((checkpoint / "eval.json").read_text())
     assert {f"eval/{k}": v for k, v in written["metrics"].items()} == metrics
+    assert written["key"] == evaluation_key(ModelSection(), evaluation(), 0)
+
+
+def test_another_evaluation_leaves_the_checkpoints_own_alone(tmp_path: Path) -> None:
+    def asked(**keys) -> EvalRecipe:
+        return EvalRecipe(stage="eval", model=ModelSection(path=str(tmp_path)), evaluation=evaluation(**keys))
+
+    own = tmp_path / "eval.json"
+    assert result_file(tmp_path, asked()) == own
+    own.write_text(json.dumps({"key": evaluation_key(ModelSection(), evaluation(num_samples_shown=2), 0)}))
+    assert result_file(tmp_path, asked()) == own
+    others = [result_file(tmp_path, asked(**keys)) for keys in ({"max_tokens": 6}, {"scorer": "a:b"})]
+    assert len({own, *others}) == 3
+    assert {(path.parent.is_dir(), path.parent) for path in others} == {(True, tmp_path / "evals")}
+    own.write_text('{"metrics": {}}')  # of a version that wrote no key
+    assert result_file(tmp_path, asked()) != own
+    elsewhere = asked().model_copy(update={"output": str(tmp_path / "a" / "b.json")})
+    assert result_file(tmp_path, elsewhere) == tmp_path / "a" / "b.json"
+    assert (tmp_path / "a").is_dir()
+    nowhere = asked().model_copy(update={"output": str(own / "b.json")})
+    with pytest.raises(ValueError, match=r"eval\.json: results cannot be written there; give output=FILE"):
+        result_file(tmp_path, nowhere)
 
 
 def test_a_hook_that_leads_nowhere_is_refused_at_once(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,15 @@ from dots_align.export.gguf import write_gguf
 from dots_align.export.hf import export_hf
 from dots_align.release import command
 from dots_align.release.command import is_released, recipe_for, release
-from dots_align.release.gates import Gate, evaluation_gates, leak_gate, parity_gate, reload_gate, template_gate
+from dots_align.release.gates import (
+    Gate,
+    check_thresholds,
+    evaluation_gates,
+    leak_gate,
+    parity_gate,
+    reload_gate,
+    template_gate,
+)
 from dots_align.release.leaks import find_leaks
 
 VALUES = {
@@ -130,12 +139,47 @@ def test_parity_gate(model_dir: Path, edited: Callable[..., Path]) -> None:
 
 
 def test_stop_rate_and_evaluation_gates(exported: Path, tmp_path: Path) -> None:
-    asked = recipe(thresholds={"exact_match": 0.25, "bleu": 0.1}, min_stop_rate=0.9)
+    asked = recipe(thresholds={"exact_match": 0.25}, min_stop_rate=0.9)
     evaluation, stop = evaluation_gates(exported, asked, tmp_path / "eval.json")
-    assert evaluation.reasons[0] == "exact_match is 0, at least 0.25 is asked for"
-    assert evaluation.reasons[1].startswith("bleu was not measured; the evaluation has exact_match, mean_length")
+    assert evaluation.reasons == ["exact_match is 0, at least 0.25 is asked for"]
     assert stop.reasons == ["stop_rate is 0, at least 0.9 is asked for"]
     assert evaluation.figures["num_prompts"] == 4
+
+
+TASKS = {**VALUES["evaluation"], "tasks": {"names": ["gsm8k"]}}
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        (
+            {"thresholds": {"exact_mach": 0.9}},
+            "no such metric; did you mean exact_match?",
+        ),
+        (
+            {"thresholds": {"bleu": 0.9}},
+            "thresholds.bleu: the evaluation has no such metric; there are exact_match,",
+        ),
+        ({"thresholds": {"gsm8k/acuracy": 0.9}, "evaluation": TASKS}, "did you mean gsm8k/accuracy?"),
+        (
+            {"thresholds": {"exact_match": 85}},
+            "thresholds.exact_match=85: exact_match is a share; give a number ",
+        ),
+        ({"thresholds": {"mean_length": float("nan")}}, "thresholds.mean_length=nan: give the number"),
+        ({"evaluation": {"data": {"path": "nowhere.jsonl"}}}, "nowhere.jsonl: no such file"),
+        ({"evaluation": {**VALUES["evaluation"], "scorer": "reward_models.math:boxed"}}, "evaluation.scorer"),
+    ],
+)
+def test_what_no_checkpoint_can_reach_is_refused_before_anything_is_made(
+    model_dir: Path, tmp_path: Path, values: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(told)):
+        release(model_dir, tmp_path / "out", recipe(**values))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_threshold_of_a_task_that_is_asked_is_taken() -> None:
+    check_thresholds(recipe(evaluation=TASKS, thresholds={"gsm8k/accuracy": 0.3, "mean_length": 20, "stop_rate": 1}))
 
 
 def test_template_gate(exported: Path, edited: Callable[..., Path]) -> None:

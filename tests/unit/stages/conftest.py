@@ -11,6 +11,7 @@ import torch
 from transformers import Dots1ForCausalLM, PreTrainedTokenizerFast
 
 from dots_align.config import GrpoRecipe, PpoRecipe, RewardSection
+from dots_align.data.chat import encode_prompt
 from dots_align.model.balance import BiasPolicy
 from dots_align.model.router import LoadMonitor
 from dots_align.model.training import CriticEngine, TrainingEngine
@@ -103,6 +104,8 @@ def loop(model: Dots1ForCausalLM, tokenizer: PreTrainedTokenizerFast, tmp_path: 
         train = {"num_prompts_per_step": 4, **sections.pop("train", {})}
         rollout = {"group_size": group_size, "max_tokens": 6, **sections.pop("rollout", {})}
         recipe = rl_recipe(algorithm=algorithm, train=train, rollout=rollout, **sections)
-        return RlLoop(recipe, model, None, tokenizer, prompts, RewardSum([RewardSection.model_validate(keys)], 2))
+        prompt_ids = [encode_prompt(tokenizer, p.messages) for p in prompts]
+        rewards = RewardSum([RewardSection.model_validate(keys)], 2)
+        return RlLoop(recipe, model, None, tokenizer, prompts, prompt_ids, rewards)
 
     return make
