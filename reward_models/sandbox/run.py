@@ -94,7 +94,7 @@ def isolation() -> str:
     problems = []
     for mode in (wanted,) if wanted else MODES[:-1]:
         try:
-            verdict = _run({**_TRIAL, "tests": [] if mode == "weak" else _PROMISES}, Limits(), mode)
+            verdict = _run({**_TRIAL, "tests": [] if mode == "weak" else _PROMISES}, _TRIAL_LIMITS, mode)
             if verdict.passed:
                 return mode
             problems.append(f"{mode}: {verdict.reason}")
@@ -128,6 +128,7 @@ def forks():
     "names": ["readable", "forks"],
     "setup": "",
 }
+_TRIAL_LIMITS = Limits(seconds=60.0)  # a busy machine is not one that cannot isolate
 _PROMISES = ["assert readable(['/etc/passwd', '/proc/self/environ']) == []", "assert forks() is False"]
 
 

@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -33,11 +34,12 @@ HARMFUL, PRETENDING, ENDLESS = (
     programs("hostile_programs.txt", group) for group in ("cannot_do_harm", "cannot_pretend", "deadline")
 )
 HONEST = programs("honest_programs.txt")
+PATIENT = Limits(seconds=60.0)  # on a busy machine a process takes long to start
 
 
 def _available(mode: str) -> bool:
     try:
-        return run_tests("def answer(): return 42", TEST, ["answer"], mode=mode).passed
+        return run_tests("def answer(): return 42", TEST, ["answer"], limits=PATIENT, mode=mode).passed
     except RuntimeError:
         return False
 
@@ -58,7 +60,9 @@ def places(tmp_path: Path) -> Iterator[dict[str, object]]:
         path.chmod(0o777)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        yield {"OUT": out, "PARENT": os.getpid(), "PORT": port, "SECRET": secret, "NULL": "\0"}
+        # A name of this run's own: others may be testing on this machine.
+        mark = f"mark-{uuid4().hex}"
+        yield {"OUT": out, "PARENT": os.getpid(), "PORT": port, "SECRET": secret, "NULL": "\0", "MARK": mark}
 
 
 def limits(seconds: float) -> Limits:
@@ -83,12 +87,12 @@ def filled(source: str, places: dict[str, object]) -> str:
 
 def attack(source: str, places: dict[str, object], mode: str, seconds: float) -> Verdict:
     """Runs it and looks for what it left."""
-    folders = ["/tmp", "/dev/shm", str(places["OUT"])]
+    folders = [folder for folder in ("/tmp", "/dev/shm", str(places["OUT"])) if os.path.isdir(folder)]
     before, allowed = [set(os.listdir(folder)) for folder in folders], limits(seconds)
     verdict = run_tests(filled(source, places), TEST, ["answer"], limits=allowed, mode=mode)
     assert not processes_of(allowed)
     new = {name for folder, names in zip(folders, before, strict=True) for name in set(os.listdir(folder)) - names}
-    assert not new & {"mark", "large", "f0", "link", "copy", "program"}
+    assert not new & {places["MARK"], "large", "f0", "link", "copy", "program"}
     assert list(Path(str(places["OUT"])).iterdir()) == []
     return verdict
 
@@ -123,7 +127,7 @@ def test_the_attacks_would_work_outside(places: dict[str, object]) -> None:
     for name in ("read_etc", "read_secret", "write_outside", "network_tcp", "shared_memory", "start_a_thread", "fork"):
         source = filled(HARMFUL[name], places) + "\nimport os\nif answer() == 42: os._exit(7)"
         assert subprocess.run([sys.executable, "-c", source], check=False).returncode == 7, name
-    Path("/dev/shm/mark").unlink()
+    (Path("/dev/shm") / str(places["MARK"])).unlink()
 
 
 # --------------------------------------------------------------------------------------------- what it must not hinder
@@ -132,35 +136,37 @@ def test_the_attacks_would_work_outside(places: dict[str, object]) -> None:
 @pytest.mark.parametrize("name", HONEST)
 def test_honest_programs_pass(name: str, mode: str) -> None:
     program, _, test = HONEST[name].partition("\n---\n")
-    assert run_tests(program, [test], ["f"], mode=mode) == Verdict(True)
+    assert run_tests(program, [test], ["f"], limits=PATIENT, mode=mode) == Verdict(True)
 
 
 def test_a_scratch_folder_is_there_with_namespaces() -> None:
     if not _available("namespaces"):
         pytest.skip("this machine cannot isolate by namespaces")
     program = "def f():\n    open('x', 'w').write('42')\n    return int(open('x').read())"
-    assert run_tests(program, ["assert f() == 42"], ["f"], mode="namespaces").passed
+    assert run_tests(program, ["assert f() == 42"], ["f"], limits=PATIENT, mode="namespaces").passed
+
+
+def run(program: str, *tests: str, setup: str = "") -> Verdict:
+    return run_tests(program, list(tests), ["f"], setup, PATIENT)
 
 
 def test_a_program_answers_alike_every_time() -> None:
     """Also where it depends on the order of a set."""
     program = "def f(): return list({'a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'})"
-    tests = ["import json\nassert False, json.dumps(f())"]
-    assert len({run_tests(program, tests, ["f"]).reason for _ in range(3)}) == 1
+    test = "import json\nassert False, json.dumps(f())"
+    assert len({run(program, test).reason for _ in range(3)}) == 1
 
 
 def test_reasons_say_which_test_failed() -> None:
     program = "def f(x):\n    return 10 // x"
-    assert run_tests(program, ["assert f(5) == 2", "f(0)"], ["f"]).reason.startswith(
-        "test 2: ZeroDivisionError: in the program"
-    )
-    assert run_tests(program, ["assert f(5) == 3"], ["f"]).reason == "test 1: AssertionError: "
-    assert run_tests("def g(): pass", ["f()"], ["f"]).reason.startswith("program: AttributeError")
-    assert run_tests(program, ["assert f == f"], ["f"], setup="raise KeyError(1)").reason == "setup: KeyError: 1"
+    assert run(program, "assert f(5) == 2", "f(0)").reason.startswith("test 2: ZeroDivisionError: in the program")
+    assert run(program, "assert f(5) == 3").reason == "test 1: AssertionError: "
+    assert run("def g(): pass", "f()").reason.startswith("program: AttributeError")
+    assert run(program, "assert f == f", setup="raise KeyError(1)").reason == "setup: KeyError: 1"
 
 
 def test_a_setup_with_a_stub_does_not_hide_the_program() -> None:
-    assert run_tests("def f(): return 42", ["assert f() == 42"], ["f"], setup="def f(): pass").passed
+    assert run("def f(): return 42", "assert f() == 42", setup="def f(): pass").passed
 
 
 def test_no_tests_are_refused() -> None:
@@ -180,7 +186,7 @@ def test_nothing_outlives_a_trainer_that_is_killed(mode: str) -> None:
         assert trainer.poll() is None
     trainer.kill()
     trainer.wait()
-    give_up = time.monotonic() + 60
+    give_up = time.monotonic() + 300
     while processes_of(allowed):
         assert time.monotonic() < give_up
         time.sleep(0.01)
@@ -221,12 +227,13 @@ UNSHARE, LANDLOCK = {"x86_64": 272, "aarch64": 97}.get(os.uname().machine, 0), 4
 
 
 def isolation_without(*calls: int, **environment: str) -> str:
+    told_nothing = {name: value for name, value in os.environ.items() if name != "DOTS_ALIGN_SANDBOX"}
     return subprocess.run(
         [sys.executable, "-c", DENIED, json.dumps(calls)],
         capture_output=True,
         text=True,
         check=True,
-        env={**os.environ, "PYTHONPATH": os.getcwd(), **environment},
+        env={**told_nothing, "PYTHONPATH": os.getcwd(), **environment},
     ).stdout.strip()
 
 
@@ -262,6 +269,7 @@ def test_weak_isolation_still_ends_and_leaves_no_process() -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become someone else")
 def test_an_ordinary_user_is_isolated_too() -> None:
+    """By whatever the kernel gives to anybody: some let only root make namespaces."""
     script = "from reward_models.sandbox.run import isolation; print(isolation())"
     try:
         done = subprocess.run(
@@ -278,4 +286,7 @@ def test_an_ordinary_user_is_isolated_too() -> None:
         pytest.skip("another user may not run this Python")
     if "ModuleNotFoundError" in done.stderr:
         pytest.skip("another user may not read this checkout")
-    assert done.stdout.strip() == isolation(), done.stderr
+    if "cannot isolate code a model wrote" in done.stderr:
+        assert not _available("landlock")
+    else:
+        assert done.stdout.strip() in MODES[:-1], done.stderr
