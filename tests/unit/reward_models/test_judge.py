@@ -71,6 +71,13 @@ class Server:
         self._server.server_close()
 
 
+def until(condition: Callable[[], bool]) -> None:
+    give_up = time.monotonic() + 300
+    while not condition():
+        assert time.monotonic() < give_up
+        time.sleep(0.005)
+
+
 def grade(score: object) -> str:
     return f'It is fine.\n{{"reason": "fine", "score": {json.dumps(score)}}}'
 
@@ -175,10 +182,12 @@ def test_a_reply_without_a_grade_is_asked_for_again_and_never_kept(server: Serve
 
 
 def test_a_server_that_hangs_is_given_up(server: Server, tmp_path: Path) -> None:
-    server.answer = lambda _: (time.sleep(3), (200, grade(5), {}))[1]
+    given_up = threading.Event()
+    server.answer = lambda _: (given_up.wait(300), (200, grade(5), {}))[1]
     with pytest.raises(RuntimeError, match="ReadTimeout"):
-        score(server, tmp_path, response(), request_seconds=0.5, max_retries=1)
-    assert len(server.requests) == 2
+        score(server, tmp_path, response(), request_seconds=0.8, max_retries=1)
+    until(lambda: len(server.requests) == 2)
+    given_up.set()
 
 
 def test_a_refusal_is_not_repeated(server: Server, tmp_path: Path) -> None:
@@ -201,13 +210,18 @@ def test_in_a_recipe_it_is_bounded_and_fails_alone(
     bad = "Refuse me."
 
     def answer(request: dict[str, Any]) -> tuple[int, str, dict[str, str]]:
-        time.sleep(0.05)
+        until(lambda: server.most_at_once == 3)
+        time.sleep(0.05)  # in which a fourth may come, that must not
         return (401, "", {}) if bad in request["messages"][1]["content"] else (200, grade(5), {})
 
     server.answer = answer
     arguments = {"base_url": server.base_url, "model": "judge", "rubric": "helpfulness", "cache_dir": str(tmp_path)}
     section = RewardSection(
-        function="reward_models.judge:rubric_score", name="helpful", arguments=arguments, max_concurrency=3
+        function="reward_models.judge:rubric_score",
+        name="helpful",
+        arguments={**arguments, "request_seconds": 400.0},
+        max_concurrency=3,
+        timeout_seconds=500.0,
     )
     texts = [*(f"Answer {n}." for n in range(8)), bad]
     with RewardSum([section]) as rewards, caplog.at_level(logging.DEBUG):
