@@ -51,6 +51,7 @@ def context() -> Any:
 
 
 def _begin(function: Callable[..., Any], arguments: tuple, output: str, text: str, cwd: str, names: dict) -> None:
+    os.environ.clear()  # of whoever started the server
     os.environ.update(names)
     os.chdir(cwd)
     out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -92,8 +93,7 @@ class Forked:
         text: str = "",
         **environment: str,
     ) -> None:
-        names = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", ""), **environment}
-        names = {name: value for name, value in names.items() if value}
+        names = {**os.environ, **environment}
         self._output, self._begun = output, output.stat().st_size if output.is_file() else 0
         given = (function, arguments, str(output), text, str(cwd), names)
         self._process = context().Process(target=_begin, args=given, daemon=True)

@@ -11,9 +11,12 @@ from typing import Any
 from forked import program
 
 import dots_align.checkpoint
+import dots_align.evals.answers
 from dots_align.evals.publisher import Publisher
+from dots_align.generation.output import Output
 from dots_align.model.training import TrainingEngine
 from dots_align.rollout.engine import RolloutEngine
+from dots_align.runtime import MetricsLog
 from dots_align.scoring import Scoring
 
 # A phase, and what is called in it; a call told by its number is the last thing the process comes to.
@@ -28,6 +31,10 @@ POINTS: dict[str, tuple[tuple[Any, str], ...]] = {
         (dots_align.checkpoint, "publish"),
         (Publisher, "after_publish"),
     ),
+    # What is written a line at a time.
+    "metrics": ((MetricsLog, "log"),),
+    "samples": ((Output, "write"),),
+    "answers": ((dots_align.evals.answers, "_answer"),),
 }
 
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import kill_points
 import pytest
-from forked import Forked, program
+from forked import Forked
 
 from dots_align import cli
 
@@ -53,12 +54,16 @@ def start(recipe: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory
 
 @pytest.fixture
 def spawn(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Forked]]:
-    """Starts a command in a process of its own; it is a copy of one that has imported everything already."""
+    """Starts a command in a process of its own; it is a copy of one that has imported everything already. With
+    `dies_at` it ends itself with SIGKILL at the so manieth call of a point of kill_points.py.
+    """
     started: list[Forked] = []
 
-    def run(*arguments: Any) -> Forked:
+    def run(*arguments: Any, dies_at: tuple[str, int] | None = None) -> Forked:
         output = tmp_path_factory.mktemp("said") / "output.txt"
-        started.append(Forked(program, list(map(str, arguments)), output=output, cwd=repo_root))
+        point, call = dies_at or (None, 0)
+        killed = (point, 0) if point else None
+        started.append(Forked(kill_points.run, list(map(str, arguments)), killed, call, output=output, cwd=repo_root))
         return started[-1]
 
     yield run
@@ -72,7 +77,7 @@ def quick_bench(repo_root: Path) -> Callable[..., dict[str, Any]]:
 
     def run(name: str, *arguments: str) -> dict[str, Any]:
         command = [sys.executable, str(repo_root / "scripts" / f"{name}.py"), "--quick", *arguments]
-        done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=900, check=False)
+        done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, timeout=3000, check=False)
         assert done.returncode == 0, done.stderr
         label, _, text = done.stdout.splitlines()[-1].partition(" ")
         found = json.loads(text)

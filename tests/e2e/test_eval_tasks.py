@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked import until
 
 from dots_align import cli
 
@@ -21,16 +20,10 @@ def data(tmp_path: Path) -> Path:
 
 def test_a_killed_evaluation_goes_on_to_the_same_result(start: Path, data: Path, tmp_path: Path, spawn, capsys):
     arguments = ["eval", str(start), "max_tokens=100", "--tasks", "gsm8k", "--data", str(data)]
-    process = spawn(*arguments, "--output", str(tmp_path / "killed"))
-
-    def lines() -> list[str]:
-        parts = list((tmp_path / "killed").glob(".gsm8k-*.part-0.jsonl"))
-        return parts[0].read_text().splitlines() if parts else []
-
-    until(lines, process)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    assert 0 < len(lines()) < 270, f"it was to be killed in the middle: {process.said()}"
+    process = spawn(*arguments, "--output", str(tmp_path / "killed"), dies_at=("answers", 41))
+    assert process.wait() == -signal.SIGKILL, process.said()
+    (part,) = (tmp_path / "killed").glob(".gsm8k-*.part-0.jsonl")
+    assert len(part.read_text().splitlines()) == 40
     for name in ("killed", "whole"):
         cli.main([*arguments, "--output", str(tmp_path / name)])
     printed = capsys.readouterr().out

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked import Forked, until
+from forked import Forked
 
 from dots_align import cli
 
@@ -77,13 +77,10 @@ def test_killed_and_run_again_gives_the_lines_of_an_uninterrupted_run(
     whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
     output, _ = (process := spawn("generate", start, prompts, whole, *keys)).communicate()
     assert process.returncode == 0, output
-    process = spawn("generate", start, prompts, killed, *keys)
-    until(lambda: killed.is_file() and killed.read_text().count("\n") >= 5, process)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process = spawn("generate", start, prompts, killed, *keys, dies_at=("samples", 7))
+    assert process.wait() == -signal.SIGKILL, process.said()
     kept = killed.read_text()
-    kept = kept[: kept.rindex("\n") + 1]
-    assert 5 <= kept.count("\n") < len(QUESTIONS)
+    assert kept.count("\n") == 6
     with killed.open("a") as torn:
         torn.write('{"index": 23, "hash": "ab')  # what a process leaves that dies while writing
     output, _ = (process := spawn("generate", start, prompts, killed, *keys)).communicate()
