@@ -31,8 +31,10 @@ def free_port() -> int:
 
 
 def _worker(
-    rank: int, world_size: int, port: int, results: Any, function: Callable[..., Any], arguments: tuple
+    rank: int, world_size: int, port: int, results: Any, function: Callable[..., Any], arguments: tuple, names: dict
 ) -> None:
+    os.environ.clear()  # of whoever started the server
+    os.environ.update(names)
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -61,10 +63,8 @@ def launch(world_size: int, function: Callable[..., Any], *arguments: Any, dying
     context = forked.context()
     results = context.Queue()
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    workers = [
-        context.Process(target=_worker, args=(rank, world_size, store.port, results, function, arguments), daemon=True)
-        for rank in range(world_size)
-    ]
+    given = (world_size, store.port, results, function, arguments, dict(os.environ))
+    workers = [context.Process(target=_worker, args=(rank, *given), daemon=True) for rank in range(world_size)]
     for worker in workers:
         worker.start()
     found: dict[int, Any] = dict.fromkeys(dying)

@@ -58,12 +58,12 @@ def test_planted_faults_are_named_on_both_sides_and_refused_until_the_next_updat
 
 
 @pytest.mark.parametrize("how", ["dies", "falls silent"])
-def test_half_a_stream_is_refused_and_does_not_hang(how):
+def test_half_a_stream_is_refused_and_does_not_hang(how, tmp_path):
     dying = (0,) if how == "dies" else ()
-    sender, engine, _ = launch(3, sender_ends, address(), address(), how, dying=dying)
+    sender, engine, _ = launch(3, sender_ends, address(), address(), how, str(tmp_path), dying=dying)
     count = int(re.match(r"after (\d+) of \d+ tensors: the connection .* is lost", engine["raised"])[1])  # type: ignore
     assert 0 < count < 40
-    assert engine["seconds"] < 30
+    assert ("Timed out" in engine["raised"]) is (how == "falls silent"), engine["raised"]  # death is known at once
     assert "a weight update broke off" in engine["refusal"]
     assert engine["after"] is None
     assert engine["updates"] == 1
