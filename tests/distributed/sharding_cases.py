@@ -48,7 +48,9 @@ def tiny_model(skew: bool = False) -> Any:
         initializer_range=0.1,
     )
     config._experts_implementation = experts.IMPLEMENTATION
-    model = create_model(config, 0)
+    # Of the first seeds the one with which no two experts score so much alike, in any step of the tests here, that
+    # rounding could decide between them: their scores are 3e-5 apart.
+    model = create_model(config, 7)
     generator = torch.Generator().manual_seed(1)
     for _, block in moe_layers(model):
         bias = block.gate.e_score_correction_bias

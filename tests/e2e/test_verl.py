@@ -5,6 +5,7 @@ does.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ from safetensors.torch import load_file
 from dots_align import cli
 from dots_align.checkpoint import load_model
 from dots_align.config import ModelSection
+from tests.distributed.stage_cases import assert_equal_with_a_seed
 
 pytestmark = [
     pytest.mark.slow,
@@ -163,22 +165,28 @@ def test_ppo_over_ray_learns_what_the_embedded_loop_does(
     keys = (*KEYS, reward, f"model.path={start}", "train.max_steps=2", "critic.warmup_steps=1", "on_save=[]")
     keys = (*keys, "evaluation=null", "critic.optim.adam_epsilon=1e-4", "save.save_total_limit=1")
     launch = ("launch.backend=verl", "launch.processes_per_node=2", "launch.object_store_gib=0.1", "parallel.ep=2")
-    here = tmp_path / "step=2"  # an equals sign is part of Hydra's grammar
-    said = under_verl(here / "verl", "ppo", recipe("ppo"), *keys, *launch)
-    assert str(here / "verl" / "verl" / "config.yaml") in said
-    cli.main(["ppo", recipe("ppo"), *keys, f"output_dir={here / 'embedded'}"])
 
-    ours, theirs = metrics_of(here / "embedded"), metrics_of(here / "verl")
-    for name in ("reward", "response_length", "value_loss", "critic_grad_norm", "critic_learning_rate"):
-        found, wanted = ([m[f"ppo/{name}"] for m in run] for run in (theirs, ours))
-        assert found == pytest.approx(wanted, rel=1e-3, abs=1e-6), name
-    learned = [here / name / "checkpoint-2" for name in ("embedded", "verl")]
-    assert difference(start, learned[0]) > 1e-4
-    assert difference(*learned) < 1e-5
-    assert difference(*(path / "critic" for path in learned)) < 1e-5
-    assert (here / "verl" / "last").resolve() == learned[1]
-    _, tokenizer = load_model(ModelSection(path=str(learned[1])))
+    def measure(seed: str) -> dict[str, float]:
+        here = tmp_path / seed / "step=2"  # an equals sign is part of Hydra's grammar
+        said = under_verl(here / "verl", "ppo", recipe("ppo"), *keys, seed, *launch)
+        assert str(here / "verl" / "verl" / "config.yaml") in said
+        cli.main(["ppo", recipe("ppo"), *keys, seed, f"output_dir={here / 'embedded'}"])
+
+        ours, theirs = metrics_of(here / "embedded"), metrics_of(here / "verl")
+        apart = {}
+        for name in ("reward", "response_length", "value_loss", "critic_grad_norm", "critic_learning_rate"):
+            found, wanted = ([m[f"ppo/{name}"] for m in run] for run in (theirs, ours))
+            apart[name] = 0.0 if found == pytest.approx(wanted, rel=1e-3, abs=1e-6) else math.inf
+        learned = [here / name / "checkpoint-2" for name in ("embedded", "verl")]
+        assert difference(start, learned[0]) > 1e-4
+        assert (here / "verl" / "last").resolve() == learned[1]
+        apart["policy"], apart["critic"] = difference(*learned), difference(*(path / "critic" for path in learned))
+        return apart
+
+    assert_equal_with_a_seed(measure)
+    run_dir = next(tmp_path.glob("seed=*")) / "step=2" / "verl"
+    _, tokenizer = load_model(ModelSection(path=str(run_dir / "last")))
     assert tokenizer.eos_token_id is not None
-    cli.main(["report", str(here / "verl")])
-    assert "share_of_digits" in (here / "verl" / "report.html").read_text()
-    assert torch.is_tensor(load_file(learned[1] / "critic" / "model.safetensors")["lm_head.weight"])
+    cli.main(["report", str(run_dir)])
+    assert "share_of_digits" in (run_dir / "report.html").read_text()
+    assert torch.is_tensor(load_file(run_dir / "last" / "critic" / "model.safetensors")["lm_head.weight"])
