@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from sample_checks import assert_same
 from transformers import Dots1ForCausalLM
 
 from dots_align.model.packed import pack
@@ -101,20 +102,22 @@ def test_what_is_sampled_does_not_depend_on_how_many_run_at_once(
     model: Dots1ForCausalLM, prompts: list[list[int]], max_num_sequences: int
 ) -> None:
     """Groups of 3 are torn apart by a limit of 1 or 2, and share the cache's slots one after the other."""
-    wanted = ids(RolloutEngine(model, 256).generate(requests(prompts)))
-    assert len({len(r) for group in wanted for r in group}) > 3
-    assert ids(RolloutEngine(model, max_num_sequences).generate(requests(prompts))) == wanted
+    asked = requests(prompts)
+    wanted = RolloutEngine(model, 256).generate(asked, return_routes=True)
+    assert len({len(s.response_ids) for group in wanted for s in group}) > 3
+    assert_same(model, asked, RolloutEngine(model, max_num_sequences).generate(asked, return_routes=True), wanted)
 
 
 def test_what_is_sampled_does_not_depend_on_order_or_company(model: Dots1ForCausalLM, prompts: list[list[int]]) -> None:
     asked = requests(prompts)
     engine = RolloutEngine(model, 9)
-    wanted = ids(engine.generate(asked))
+    wanted = engine.generate(asked, return_routes=True)
     order = list(range(len(asked)))
     random.Random(0).shuffle(order)
-    shuffled = ids(engine.generate([asked[i] for i in order]))
-    assert [shuffled[order.index(i)] for i in range(len(asked))] == wanted
-    assert [ids(engine.generate([request]))[0] for request in asked] == wanted
+    shuffled = engine.generate([asked[i] for i in order], return_routes=True)
+    assert_same(model, asked, [shuffled[order.index(i)] for i in range(len(asked))], wanted)
+    alone = [engine.generate([request], return_routes=True)[0] for request in asked]
+    assert_same(model, asked, alone, wanted)
 
 
 def test_samples_of_a_prompt_differ_and_seeds_repeat_them(model: Dots1ForCausalLM, prompts: list[list[int]]) -> None:
@@ -145,12 +148,12 @@ def test_a_prompt_is_read_once_for_all_its_samples(model: Dots1ForCausalLM, prom
 
 
 def test_more_samples_than_run_at_once(model: Dots1ForCausalLM, prompts: list[list[int]]) -> None:
+    asked = requests(prompts[:1], num_samples=10)
     with fed_tokens(model) as counts:
-        (group,) = RolloutEngine(model, 4, native=False).generate(requests(prompts[:1], num_samples=10))
-    assert len(group) == 10
+        found = RolloutEngine(model, 4, native=False).generate(asked, return_routes=True)
+    assert len(found[0]) == 10
     assert max(counts) <= 4
-    (wanted,) = RolloutEngine(model, 64).generate(requests(prompts[:1], num_samples=10))
-    assert ids([group]) == ids([wanted])
+    assert_same(model, asked, found, RolloutEngine(model, 64).generate(asked, return_routes=True))
 
 
 def test_stop_tokens_end_a_turn_and_are_part_of_it(model: Dots1ForCausalLM, prompts: list[list[int]]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from sample_checks import TIE
 
 from dots_align.config import EnvironmentSection
 from dots_align.data.chat import encode_conversation, encode_following, encode_prompt, stop_token_ids
@@ -126,13 +127,18 @@ def test_the_trainer_gives_the_log_probs_and_routes_of_every_turn(play, talkativ
         for r, samples in zip(requests, found, strict=True)
         for s in samples
     ]
+    compared = 0
     for t in trajectories:
         with torch.no_grad(), record_routes(talkative, with_gaps=True) as recorded:
             scores = response_scores(talkative, [t], [[0]], 1.0)
         assert scores.mask[0].tolist() == t.response_mask
-        torch.testing.assert_close(scores.logprobs[0], torch.tensor(t.rollout_logprobs), atol=1e-4, rtol=0)
-        assert not find_flips(recorded.routes[0], recorded.gaps[0], t.routes).differ.any()
+        flips = find_flips(recorded.routes[0], recorded.gaps[0], t.routes)
+        assert flips.root_gap < TIE
+        same = ~flips.affected[len(t.prompt_ids) - 1 :]
+        torch.testing.assert_close(scores.logprobs[0][same], torch.tensor(t.rollout_logprobs)[same], atol=1e-4, rtol=0)
+        compared += int(same.sum())
         assert len(t.routes) == (len(t.prompt_ids) + len(t.response_ids) - 1) * 2 * 3  # layers, experts of each
+    assert compared > 100
     assert 0 in trajectories[0].response_mask
 
 
