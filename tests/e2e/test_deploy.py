@@ -28,6 +28,7 @@ from dots_align.model.dots1 import create_model, preset_config
 from dots_align.parity.check import compare_all
 from dots_align.parity.endpoint import Endpoint
 from dots_align.parity.questions import asked, fixed_questions
+from tests.distributed.process_group import free_port
 
 PATIENCE_SECONDS = 600
 MAX_TOKENS = 12
@@ -63,9 +64,7 @@ def expected(exported: Path) -> str:
 @contextmanager
 def serving(script: Path, model: Path) -> Iterator[str]:
     """The address of a server that a script of recipes/deploy started, once it listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     named = {"MODEL": str(model), "PORT": str(port), "PYTHON": sys.executable}
     environment = {**os.environ, **named, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     log = model.parent / f"{script.stem}.log"

@@ -125,6 +125,6 @@ def test_bad_requests_are_refused(anchor: LlamaCpp, tmp_path: Path) -> None:
 def test_command_prints_figures(checkpoint: Path, repo_root: Path) -> None:
     script, path = repo_root / "scripts" / "llama_cpp_anchor.py", checkpoint.parent / "m.gguf"
     sizes = ["--prompts", "2", "--samples", "3", "--max-tokens", "4", "--threads", "1", "--rounds", "1"]
-    done = subprocess.run([sys.executable, script, path, *sizes], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, script, path, *sizes], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["num_tokens"] == 24

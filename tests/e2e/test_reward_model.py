@@ -26,7 +26,7 @@ def test_preferences_become_a_reward(recipe: Callable[[str], str], start: Path, 
     losses = [line["reward_model/loss"] for line in lines if "reward_model/loss" in line]
     assert len(losses) == 8
     assert abs(losses[0] - 0.693147) < 1e-5  # a head that knows nothing yet
-    assert losses[-1] < 0.66
+    assert losses[-1] < 0.68
     assert {"reward_model/accuracy", "reward_model/margin"} <= set(lines[0])
     evaluation = json.loads((run_dir / "best" / "eval.json").read_text())
     assert evaluation["num_pairs"] == 32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -152,5 +153,6 @@ leave()
 def test_a_process_leaves_in_good_order_whatever_gloo_still_does() -> None:
     """Without the last line this one is aborted nearly every time."""
     done = subprocess.run([sys.executable, "-c", END], capture_output=True, text=True, timeout=600)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    assert not re.search("terminate|Traceback", done.stderr), done.stderr  # gloo may warn of a host without an address
     assert done.stdout == "said at exit\n"
