@@ -48,26 +48,30 @@ class _NotReadyError(Exception):
 class _Worker:
     """A scoring process. Made by the thread that uses it: it is ended by the kernel together with that thread.
 
-    Another thread may only `kill` it, for which the one that uses it has an EOFError: a descriptor closed while
-    somebody waits for it may by then be somebody else's.
+    Another thread may only `kill` it, for which the one that uses it has an EOFError, and only while that one cannot
+    `end` it: a descriptor closed while somebody waits for it may by then be somebody else's, and so may the number of
+    a process whose exit status has been asked for.
+
+    Raises:
+        OSError: the machine cannot start another process.
     """
 
     def __init__(self, functions: Sequence[tuple[str, dict[str, Any]]]) -> None:
+        self._functions = list(functions)
         self._connection, theirs = multiprocessing.Pipe()
         assert isinstance(theirs, Connection)
         start = f"from dots_align.scoring.worker import main; main({theirs.fileno()})"
         code = f"import sys; sys.path[:] = {sys.path!r}; {start}"
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", code], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, start_new_session=True
-        )
-        theirs.close()
-        self._connection.send(list(functions))
+        command, end = [sys.executable, "-c", code], theirs.fileno()
+        with theirs:
+            self._process = subprocess.Popen(command, pass_fds=[end], stdin=subprocess.DEVNULL, start_new_session=True)
         self._ready = False
 
     def start(self, job: Job) -> None:
         """Raises: EOFError, if the process is gone; _NotReadyError, if it never got so far."""
         if not self._ready:
             with contextlib.suppress(EOFError, OSError):
+                self._connection.send(self._functions)
                 self._ready = self._connection.poll(START_SECONDS) and self._connection.recv()
             if not self._ready:
                 raise _NotReadyError
@@ -127,14 +131,15 @@ class ScoringPool:
 
     def close(self) -> None:
         """Ends all processes, one that is still at work too; what is not scored by then has failed."""
-        with self._lock:
+        with self._lock:  # nobody ends one of them meanwhile
             self._closed = True
-            workers = list(self._workers)
-        for worker in workers:
-            worker.kill()
+            for worker in self._workers:
+                worker.kill()
         self._threads.shutdown()
-        for worker in list(self._workers):
-            self._end(worker)
+        with self._lock:
+            left, self._workers = self._workers, set()
+        for worker in left:
+            worker.end()
 
     def _run(self, job: Job) -> list[float | Failure]:
         """One job, restarted behind each response that hangs or kills the process."""
@@ -153,7 +158,10 @@ class ScoringPool:
 
     def _collect(self, job: Job, keep: Keep) -> Failure | None:
         """Keeps answers until all are there; else says why the process is no more."""
-        worker = self._worker()
+        try:
+            worker = self._worker()
+        except OSError as error:
+            return self._cannot_start(f"no scoring process could be started ({error})")
         if worker is None:
             return CLOSED
         waiting = job.seconds
@@ -173,10 +181,7 @@ class ScoringPool:
             status = self._end(worker, EXIT_SECONDS)
             if self._closed:
                 return CLOSED
-            self._not_ready = Failure(
-                NOT_READY, f"the scoring process could not load it (exit status {status}); see its output"
-            )
-            return self._not_ready
+            return self._cannot_start(f"the scoring process could not load it (exit status {status}); see its output")
         except (EOFError, OSError):
             status = self._end(worker, EXIT_SECONDS)
             return CLOSED if self._closed else Failure("Crash", f"ended its process (exit status {status})")
@@ -185,6 +190,10 @@ class ScoringPool:
                 with self._lock:
                     self.busy_seconds += time.monotonic() - started
         return None
+
+    def _cannot_start(self, why: str) -> Failure:
+        self._not_ready = failure = Failure(NOT_READY, why)
+        return failure
 
     def _worker(self) -> _Worker | None:
         """This thread's process, started if need be; None if all are to end."""
@@ -198,7 +207,7 @@ class ScoringPool:
             return worker
 
     def _end(self, worker: _Worker, patience: float = 0.0) -> int:
-        """Called by the thread that uses it, or when that is no more."""
+        """Called by the thread that uses it."""
         with self._lock:
             self._workers.discard(worker)
         return worker.end(patience)
@@ -212,7 +221,7 @@ class AsyncLine:
     def __init__(self, pool: ScoringPool, number: int, seconds: float, at_once: int) -> None:
         self._pool, self._number, self._seconds, self._at_once = pool, number, seconds, at_once
         self._waiting: list[Response] = []
-        self._found: list[float | Failure] = []
+        self._done: list[Future[list[float | Failure]]] = []
         self._running = False
         self._changed = threading.Condition()
 
@@ -225,7 +234,7 @@ class AsyncLine:
         """The values of all responses, in the order they were added, when the last is there."""
         with self._changed:
             self._changed.wait_for(lambda: not self._running)
-            return self._found
+            return [value for job in self._done for value in job.result()]
 
     def _start(self) -> None:
         """Begins the next job, if there is one and none runs; the lock, which a thread may take twice, is held."""
@@ -237,7 +246,7 @@ class AsyncLine:
 
     def _take(self, done: Future[list[float | Failure]]) -> None:
         with self._changed:
-            self._found += done.result()
+            self._done.append(done)
             self._running = False
             self._start()
             self._changed.notify_all()

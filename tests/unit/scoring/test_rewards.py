@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -55,6 +56,9 @@ def exits_on_b(response):
 def sleeps(response):
     time.sleep(float(response.text))
     return float(response.text)
+def stays(response):
+    open(response.text, "w").close()
+    time.sleep(300)
 def drawn(response): return random.random()
 def process(response): return os.getpid()
 def forks(response):
@@ -339,6 +343,47 @@ def test_what_a_reward_function_has_started_does_not_keep_a_pool_from_closing(mi
     while is_alive(int(child)) and time.monotonic() < waited_until:
         time.sleep(0.01)
     assert not is_alive(int(child))
+
+
+def test_a_process_that_dies_while_its_pool_closes_is_left_alone(tmp_path: Path, mine: str, monkeypatch) -> None:
+    """Its number may be another's as soon as somebody has asked for its exit status."""
+    there = []
+
+    def kill(group: int, number: int) -> None:
+        os.kill(group, number)
+        waited_until = time.monotonic() + 0.3
+        while (alive := Path(f"/proc/{group}").exists()) and time.monotonic() < waited_until:
+            time.sleep(0.01)
+        there.append(alive)
+
+    pool = ScoringPool([(f"{mine}:stays", {})], 1)
+    pool.submit(Job(0, [response(str(tmp_path / "mark"))], 60, 0))
+    while not (tmp_path / "mark").exists():
+        time.sleep(0.01)
+    monkeypatch.setattr("dots_align.scoring.pool.os.killpg", kill)
+    pool.close()
+    assert there == [True]
+
+
+@pytest.mark.parametrize("function", ["one", "waits_on_b"])
+@pytest.mark.parametrize(("python", "told"), [("/nowhere", "No such file"), ("/bin/false", "exit status 1")])
+def test_a_machine_that_starts_no_more_processes_costs_rewards_and_not_the_run(
+    rewards, monkeypatch, caplog, function: str, python: str, told: str
+) -> None:
+    start = subprocess.Popen
+
+    def started(*arguments, **options) -> subprocess.Popen:
+        process = start(*arguments, **options)
+        process.wait()  # it is gone before anybody talks to it
+        return process
+
+    made = rewards((function, 1.0))
+    with monkeypatch.context() as patch, ThreadPoolExecutor(1) as thread, caplog.at_level(logging.ERROR, "dots_align"):
+        patch.setattr("dots_align.scoring.pool.sys.executable", python)
+        patch.setattr("dots_align.scoring.pool.subprocess.Popen", started)
+        assert thread.submit(made.score, [response()] * 3).result(60) == [(0.0, {function: 0.0})] * 3
+    assert told in caplog.text
+    assert made.score([response()]) == [(1.0, {function: 1.0})]
 
 
 def test_a_module_that_only_the_trainer_can_import_fails_once_for_all(tmp_path: Path, rewards, caplog) -> None:
