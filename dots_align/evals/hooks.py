@@ -31,6 +31,7 @@ from dots_align.runtime import preserved_rng
 # A hook gets the published directory and the recipe; the mapping it returns is logged as metrics of that step.
 Hook = Callable[[Path, Any], dict[str, float] | None]
 LOGS = "hooks"  # what hooks in processes of their own print, by hook and step, in the run directory
+AGAIN_SECONDS = 1.0  # after which a hook in the trainer is interrupted once more
 # Of a launch: a process beside the trainer is none of its ranks.
 LAUNCH_PREFIXES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_")
 
@@ -91,16 +92,25 @@ def _time_limit(seconds: float | None) -> Iterator[None]:
         yield
         return
 
+    running = [True]
+
     def expire(*_: Any) -> None:
-        raise HookTimeoutError
+        if running:
+            # Once may not do: Python ignores what is raised in a finalizer, such as __del__.
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_SECONDS)
+            raise HookTimeoutError
 
     before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        try:
+            running.clear()
+        finally:  # the time may be up this very moment; nothing is interrupted from here on
+            running.clear()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 class Background:
@@ -143,9 +153,9 @@ def run_beside(hook: SaveHook, checkpoint: Path, recipe: Any, step: int) -> Hook
     started, seconds = time.monotonic(), hook.section.timeout_seconds
     log = checkpoint.parent / LOGS / f"{_file_name(hook.name)}-{step}.log"
     status, metrics, error = "failed", {}, None
-    with tempfile.TemporaryDirectory() as scratch:
-        answer = Path(scratch) / "answer.json"
-        try:
+    try:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+            answer = Path(scratch) / "answer.json"
             returncode = _call(hook, checkpoint, recipe, answer, log)
             if returncode is None:
                 status, error = "timed_out", f"took longer than {seconds:g} s; its process was ended"
@@ -156,8 +166,8 @@ def run_beside(hook: SaveHook, checkpoint: Path, recipe: Any, step: int) -> Hook
                 status, error = "killed", f"its process was ended by {signal.Signals(-returncode).name}; see {log}"
             else:
                 error = f"its process ended with status {returncode}; see {log}"
-        except Exception as problem:  # noqa: BLE001 - such as a machine that cannot start another process
-            error = f"{type(problem).__name__}: {problem}"
+    except Exception as problem:  # noqa: BLE001 - such as a full disk, or no room for another process
+        error = f"{type(problem).__name__}: {problem}"
     return HookResult(step, hook.name, status, round(time.monotonic() - started, 3), metrics, error)
 
 
@@ -169,6 +179,7 @@ def _call(hook: SaveHook, checkpoint: Path, recipe: Any, answer: Path, log: Path
         "hook": hook.section.model_dump(mode="json", by_alias=True),
         "checkpoint": str(checkpoint),
         "answer": str(answer),
+        "trainer": os.getpid(),
     }
     log.parent.mkdir(exist_ok=True)
     code = f"import sys; sys.path[:] = {sys.path!r}; from dots_align.evals.hook_process import main; main()"

@@ -129,11 +129,19 @@ class Publisher:
         if limit is None:
             return
         kept = {*best[: section.keep if section else 1], *self.background.checkpoints()}
+        self._delete_hidden()
         for checkpoint in checkpoints(self.run_dir)[:-limit]:
             if checkpoint not in kept:
                 # Renamed first: a process that dies while deleting leaves no damaged checkpoint behind.
-                doomed = checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.deleted"))
-                shutil.rmtree(doomed)
+                checkpoint.rename(checkpoint.with_name(f".{checkpoint.name}.deleted"))
+        self._delete_hidden()
+
+    def _delete_hidden(self) -> None:
+        """What dropped checkpoints are, and what is left of them where a process died here; as far as it can be deleted
+        now: a network file system keeps what somebody still reads.
+        """
+        for doomed in self.run_dir.glob(f".{PREFIX}*.deleted"):
+            shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _records(run_dir: Path) -> list[dict[str, Any]]:

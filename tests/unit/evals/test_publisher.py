@@ -7,6 +7,8 @@ import logging
 import os
 import random
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import torch
 
 from dots_align.checkpoint import check_whole, checkpoints, staged
 from dots_align.config import DataSection, HookSection, SaveSection, SftRecipe, recipe_dict
-from dots_align.evals.hooks import SaveHook
+from dots_align.evals.hooks import SaveHook, run_beside, run_here
 from dots_align.evals.on_save import resolve_hooks
 from dots_align.evals.publisher import Publisher, no_longer_improves, ranked
 from dots_align.runtime import MetricsLog
@@ -110,7 +112,7 @@ def test_hooks_that_fail_in_every_way_are_told_and_cost_nothing(
         assert "SIGKILL" in told["killed"][1]
         assert "hang" not in told_at_once, "training waited for a hook beside it"
         assert "ZeroDivisionError: oh no" in (run_dir / "hooks" / "boom-1.log").read_text()
-        assert not _runs(_child_of_hang(run_dir, hooks, final, log)), "what the hook started outlived it"
+        assert _ends(_child_of_hang(run_dir, hooks, final, log)), "what the hook started outlived it"
     else:
         os.kill(int((run_dir / "child.pid").read_text()), signal.SIGKILL)  # nobody else does
     assert "on_save hook boom failed on checkpoint-1: ZeroDivisionError: oh no" in caplog.text
@@ -137,11 +139,74 @@ def _child_of_hang(run_dir: Path, hooks: str, final: Path, log: MetricsLog) -> i
     return int(pid.read_text())
 
 
+def _ends(pid: int) -> bool:
+    """It has been killed, which takes effect when it is its turn."""
+    until = time.monotonic() + 30
+    while (runs := _runs(pid)) and time.monotonic() < until:
+        time.sleep(0.01)
+    return not runs
+
+
 def _runs(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except FileNotFoundError:
         return False
+
+
+def test_a_hook_that_nothing_can_be_started_for_is_told_and_nobody_waits_for_it(
+    run_dir: Path, hooks: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publishing, log = publisher(run_dir, {"hook": f"{hooks}:mine", "in": "process"}), MetricsLog(run_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(run_dir / "full"))
+        publishing.after_publish(publish(run_dir, 1), log)
+        ending = threading.Thread(target=publishing.finish, args=(log,), daemon=True)
+        ending.start()
+        ending.join(60)
+    assert not ending.is_alive()
+    (line,) = lines(run_dir, "hooks")
+    assert line["status"] == "failed"
+    assert line["error"].startswith("FileNotFoundError")
+
+
+def test_a_hook_whose_trainer_is_gone_does_nothing(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was killed while the hook's process began; the trainer that goes on runs the hook again."""
+    (tmp_path / "leaves.py").write_text("def a_mark(checkpoint, recipe): (checkpoint.parent / 'mark').touch()")
+    section = HookSection(hook=f"{tmp_path}/leaves.py:a_mark", where="process")
+    monkeypatch.setattr("dots_align.evals.hooks.os.getpid", lambda: -1)
+    hook, final = SaveHook("a_mark", lambda *_: None, section), publish(run_dir, 1)
+    result = run_beside(hook, final, recipe(run_dir, section), 1)
+    assert (result.status, "status 0" in str(result.error)) == ("failed", True)
+    assert not (run_dir / "mark").exists()
+
+
+class _Slow:
+    def __del__(self) -> None:
+        until = time.monotonic() + 0.3
+        while time.monotonic() < until:
+            pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_hook_is_interrupted_though_its_time_is_up_in_a_finalizer(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where Python ignores what is raised."""
+
+    def hook(*_: Any) -> None:
+        _Slow()
+        until = time.monotonic() + 20
+        while time.monotonic() < until:
+            time.sleep(0.01)
+
+    monkeypatch.setattr("dots_align.evals.hooks.AGAIN_SECONDS", 0.3)
+    section = HookSection(hook="a:b", where="trainer")
+    result = run_here(SaveHook("hook", hook, section), run_dir, None, 1, 0.1)
+    assert result.status == "timed_out"
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
 
 
 def test_hooks_that_a_crash_cut_off_are_made_up_for_once(run_dir: Path, hooks: str) -> None:
@@ -191,6 +256,17 @@ def scored(run_dir: Path, publishing: Publisher, values: list[float]) -> None:
         section = HookSection.model_validate({"hook": "a:b", "in": "trainer"})
         publishing.hooks = [SaveHook("b", lambda *_, found=value: {"eval/loss": found}, section)]
         publishing.after_publish(publish(run_dir, step), MetricsLog(run_dir, step))
+
+
+def test_what_a_process_left_that_died_while_deleting_goes_too(run_dir: Path) -> None:
+    """Also where the step is trained, and its checkpoint dropped, once more."""
+    publishing, log = publisher(run_dir, limit=1), MetricsLog(run_dir)
+    for step in (1, 7):
+        (run_dir / f".checkpoint-{step}.deleted").mkdir()
+        (run_dir / f".checkpoint-{step}.deleted" / "half").touch()
+    for step in (1, 2):
+        publishing.after_publish(publish(run_dir, step), log)
+    assert sorted(p.name for p in run_dir.iterdir() if "checkpoint" in p.name) == ["checkpoint-2"]
 
 
 def test_the_best_k_by_a_metric_stay_beside_the_newest(run_dir: Path) -> None:
