@@ -118,10 +118,13 @@ def publish(staging: Path, final: Path) -> None:
         if path.is_file():
             path.chmod(readable)
             _sync(path)
+    replaced = final.with_name(f".{final.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
     if final.exists():
-        shutil.rmtree(final)
+        final.rename(replaced)  # a process that dies while deleting leaves nothing half deleted under the name
     staging.rename(final)
     _sync(final.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -302,13 +305,14 @@ def load_model(
 
 def model_directories(model: ModelSection, scalar_head: bool = False) -> tuple[Path, Path]:
     """The checkpoint directory a recipe names, and the one of the full weights (an adapter's base); both are whole.
+    Of a link it is the directory it leads to now: `last` may be another one before all files are read.
 
     Args:
         scalar_head: a reward model will do too.
     """
     if model.path is None:
         raise ValueError("model.path is not set; give a checkpoint directory, or model.preset=tiny for fresh weights")
-    directory = Path(model.path)
+    directory = Path(_lasting(model))
     check_whole(directory)
     _check_architecture(directory, scalar_head)
     base = adapter_base(directory) or directory
@@ -383,7 +387,7 @@ def load_trainable(
 def _lasting(model: ModelSection) -> str:
     """The path of a checkpoint as an adapter should remember it: `last` will be another one after the next run."""
     path = Path(str(model.path))
-    return str(path.with_name(path.readlink().name) if path.is_symlink() else path)
+    return str(path.parent / path.readlink() if path.is_symlink() else path)
 
 
 def load_state(model: Any, directory: Path) -> None:
@@ -452,7 +456,10 @@ def ensure_start(recipe: Any, run_dir: Path) -> ModelSection:
     the same.
     """
     if recipe.model.preset is None:
-        return recipe.model
+        if recipe.model.path is None:
+            return recipe.model
+        # The same one for all processes, and for all models of the stage.
+        return recipe.model.model_copy(update={"path": on_main(lambda: _lasting(recipe.model))})
     on_main(lambda: _make_start(recipe, run_dir / "init"))
     return recipe.model.model_copy(update={"path": str(run_dir / "init"), "preset": None})
 

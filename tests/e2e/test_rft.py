@@ -58,7 +58,7 @@ def test_right_answers_are_selected_counted_and_trained_on_and_a_dead_run_goes_o
         assert key in right
         assert line["messages"][-1] == {"role": "assistant", "content": answers[key]["text"]}
         assert line["pass_rate"] == sum(source == line["source"] for source, _ in right) / 16
-        assert line["checkpoint"] == str(start)
+        assert line["checkpoint"] == str(start.resolve())
         assert line["rewards"] == {"even": 1.0}
     assert max(sum(a["source"] == b["source"] for a in own) for b in own) <= 2
     assert counts["sampled"] == len(answers) == 256

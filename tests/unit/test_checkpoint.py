@@ -89,6 +89,34 @@ def test_what_a_killed_process_left_behind_is_not_taken_over(tmp_path: Path) -> 
     assert not (tmp_path / "checkpoint-1" / "half").exists()
 
 
+def test_a_process_that_dies_while_replacing_leaves_a_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    final = publish(tmp_path, 1)
+
+    def dies(directory: Path, **_: Any) -> None:
+        for path in Path(directory).glob("config.json"):
+            path.unlink()
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dots_align.checkpoint.shutil.rmtree", dies)
+        with pytest.raises(KeyboardInterrupt):
+            publish(tmp_path, 1)
+    check_whole(final)
+    publish(tmp_path, 1)
+    assert names(tmp_path) == ["checkpoint-1"]
+
+
+def test_a_link_is_followed_once(copied: Path, tmp_path: Path) -> None:
+    """It may lead elsewhere before all files are read, or the next process looks."""
+    for number, place in enumerate((copied.name, copied)):
+        link = copied.with_name(f"link{number}")
+        link.symlink_to(place)
+        assert model_directories(ModelSection(path=str(link))) == (copied, copied)
+        assert ensure_start(recipe(tmp_path, model=ModelSection(path=str(link))), tmp_path).path == str(copied)
+
+
 def test_files_are_readable_by_others(tmp_path: Path) -> None:
     final = tmp_path / "checkpoint-1"
     with staged(final, {}) as staging:
