@@ -13,11 +13,11 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from dots_align import __version__
 from dots_align.config import recipe_differences
-from dots_align.runtime import logger, now, write_json
+from dots_align.runtime import logger, now
 
 
 class Output:
@@ -56,16 +56,17 @@ class Output:
         if self.path.is_dir():
             raise ValueError(f"{self.path}: this is a directory; give a file to write")
         if self.record.is_file():
-            self._lock = self._take_lock()
-        if overwrite and self.record.is_file():
+            self._lock = self._locked("r+b")
+        if overwrite and self._lock is not None:
             for path in (self.path, *self._parts()):
                 path.unlink(missing_ok=True)
         if any(path.is_file() and path.stat().st_size for path in (self.path, *self._parts())):
             self._check(identity)
         else:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self.record, {"identity": identity, **about, "created": now(), "version": __version__})
-            self._lock = self._take_lock()
+            if self._lock is None:
+                self._lock = self._locked("xb")
+            self._write_record({"identity": identity, **about, "created": now(), "version": __version__})
         return self.collect(keep_errors=False)
 
     def _check(self, identity: dict[str, Any]) -> None:
@@ -80,17 +81,31 @@ class Output:
                 "overwrite=true to delete it"
             )
 
-    def _take_lock(self) -> BinaryIO:
-        self.close()
-        lock = self.record.open("rb")
+    def _locked(self, mode: str) -> BinaryIO:
+        """The record, opened or made for this process alone. It stays the same file as long as there is one: a lock on
+        a file that another takes the place of keeps nobody out.
+        """
+        taken = ValueError(f"{self.path}: another process is writing it; wait for it, or end it")
+        try:
+            lock = cast(BinaryIO, self.record.open(mode))
+        except FileExistsError:
+            raise taken from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             lock.close()
-            raise ValueError(f"{self.path}: another process is writing it; wait for it, or end it") from None
+            raise taken from None
         except OSError as error:
             logger.warning("%s: cannot be locked (%s); let no other process write it", self.record, error)
         return lock
+
+    def _write_record(self, value: dict[str, Any]) -> None:
+        """There is no line of the run yet: half a record, should this process die here, is written anew."""
+        assert self._lock is not None
+        self._lock.seek(0)
+        self._lock.truncate()
+        self._lock.write(json.dumps(value, ensure_ascii=False, indent=2).encode() + b"\n")
+        self._lock.flush()
 
     def collect(self, keep_errors: bool) -> set[int]:
         """Brings the file and its parts together; returns the prompts that are in it. Lines that are torn, or were

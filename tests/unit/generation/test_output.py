@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,6 +87,34 @@ def test_two_processes_never_write_one_file(tmp_path: Path) -> None:
             begun(path, overwrite=overwrite)
     first.close()
     begun(path)
+
+
+def test_of_processes_that_begin_together_one_gets_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, make, other = tmp_path / "out.jsonl", Path.mkdir, []
+
+    def meanwhile(*arguments: Any, **options: Any) -> None:
+        make(*arguments, **options)
+        monkeypatch.setattr(Path, "mkdir", make)
+        other.append(begun(path)[0])
+
+    monkeypatch.setattr(Path, "mkdir", meanwhile)  # when it is known that nobody has the file
+    with pytest.raises(ValueError, match="another process is writing it"):
+        begun(path)
+    with other[0].writing():
+        other[0].write(1, {"samples": []})
+    other[0].close()
+    assert begun(path)[1] == {1}
+
+
+def test_a_record_that_was_half_written_is_written_anew(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    path.with_name("out.jsonl.run.json").write_text('{"identity": {"temp')
+    output, done = begun(path)
+    assert done == set()
+    with output.writing():
+        output.write(1, {"samples": []})
+    output.close()
+    assert begun(path)[1] == {1}
 
 
 def test_another_run_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
