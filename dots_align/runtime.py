@@ -125,9 +125,14 @@ def leave() -> NoReturn:
     # What an interpreter does first: waits for the threads that are not daemons, then runs what was registered.
     threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
     atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
+    status = 0
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if not stream.closed:
+                stream.flush()
+        except OSError:  # the disk is full, or whoever read it is gone
+            status = 120  # as an interpreter's
+    os._exit(status)
 
 
 def die(error: BaseException) -> NoReturn:
@@ -334,7 +339,8 @@ def _drop_after(path: Path, step: int) -> None:
     if not path.is_file() or not is_main_process():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # not splitlines: text may hold U+2028
+    # Half a line may end in half a character. Not splitlines: text may hold U+2028.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)

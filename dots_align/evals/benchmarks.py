@@ -4,11 +4,14 @@ killed goes on, and what was done for the same checkpoint, task and sampling is 
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -85,8 +88,28 @@ def run_suite(model: Any, tokenizer: Any, suite: Suite, checkpoint_id: str, dire
     # All data is read before anything is asked: what is wrong with the last task's should not show after hours.
     asked = [(task, load_items(task, suite.data, tokenizer, suite.limit, suite.hub)) for task in suite.tasks()]
     for task, items in asked:
-        found[task.name] = _run(model, tokenizer, task, items, checkpoint_id, directory)
+        with _alone(directory):
+            found[task.name] = _run(model, tokenizer, task, items, checkpoint_id, directory)
     return found
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Of several evaluations of a checkpoint one asks; the others wait, and find what it was answered."""
+    if rank() > 0:
+        yield
+        return
+    held = os.open(directory, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # where the file system has no locks
+            try:
+                fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                logger.info("%s: another evaluation is at work here, waiting for it", directory)
+                fcntl.flock(held, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(held)
 
 
 def _run(
@@ -131,22 +154,22 @@ class _Lines:
     def read(self) -> dict[int, dict[str, Any]]:
         found = {}
         for path in self.paths():
-            for line in path.read_text(encoding="utf-8").split("\n"):
+            for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
                 try:
                     record = json.loads(line)
                 except ValueError:
-                    continue  # half a line, of a process that was killed
+                    continue  # half a line, and maybe half a character, of a process that was killed
                 found[record["index"]] = record
         return found
 
     def collect(self) -> set[int]:
         """The items that are done; of files of other processes, and without torn lines, one is made."""
-        found = self.read()
+        found, whole = self.read(), self.own.with_suffix(".tmp")
+        whole.write_text("".join(json.dumps(found[i], ensure_ascii=False) + "\n" for i in sorted(found)), "utf-8")
+        whole.replace(self.own)
         for path in self.paths():
-            path.unlink()
-        if found:
-            text = "".join(json.dumps(found[i], ensure_ascii=False) + "\n" for i in sorted(found))
-            self.own.write_text(text, encoding="utf-8")
+            if path != self.own:
+                path.unlink()
         return set(found)
 
     def write(self, records: Iterator[dict[str, Any]], bar: Any) -> None:

@@ -63,8 +63,9 @@ def test_resuming_drops_later_and_half_written_lines(tmp_path: Path) -> None:
         log.log(step, {"x": step})
         log.log_router(step, [1], [[1.0]])
         log.log_samples(step, [{"prompt": "a"}, {"prompt": "b"}])
-    with (tmp_path / "metrics.jsonl").open("a") as out:
-        out.write('{"step": 4, "ti')
+    for name in ("metrics", "samples"):
+        with (tmp_path / f"{name}.jsonl").open("ab") as out:
+            out.write('{"step": 2, "prompt": "你'.encode()[:-1])
     resumed = MetricsLog(tmp_path, resume_step=2)
     assert [line["step"] for line in lines(tmp_path, "metrics")] == [1, 2]
     assert [line["step"] for line in lines(tmp_path, "router")] == [1, 2]
@@ -143,6 +144,7 @@ from dots_align.runtime import leave
 sys.setswitchinterval(1000)  # threads of gloo have to wait for the interpreter, as they do on a busy machine
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 groups = [dist.new_group([0]) for _ in range(8)]
+atexit.register(sys.stdout.close)  # as where whoever reads it has enough
 atexit.register(print, "said at exit")
 for group in groups:
     dist.all_reduce(torch.ones(1 << 22), group=group, async_op=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +121,46 @@ def test_a_suite_asks_scores_and_sums_up_and_does_not_ask_twice(
     assert again == found
     with pytest.raises(TypeError):  # other weights are asked
         run_suite(model, tokenizer, suite, "abd", data / "evals")
+
+
+def test_of_two_that_want_the_same_one_asks(
+    model: Dots1ForCausalLM, tokenizer: PreTrainedTokenizerFast, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, may_end = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any):
+        begun.set()
+        assert may_end.wait(60)
+        yield from likelihoods(*arguments)
+
+    monkeypatch.setattr(benchmarks, "likelihoods", slow)
+    arguments = model, tokenizer, Suite(("c3",), data), "abc", data / "evals"
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(run_suite, *arguments)
+        assert begun.wait(60)
+        second = threads.submit(run_suite, *arguments)
+        time.sleep(0.1)
+        may_end.set()
+    assert second.result() == {"c3": {**first.result()["c3"], "cached": True}}
+
+
+def test_no_answer_is_lost_where_a_process_dies_while_it_collects_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = benchmarks._Lines(tmp_path / "task-key", 3)
+    lines.own.write_bytes('{"index": 0}\n{"index": 1}\n{"index": 2, "text": "你'.encode()[:-1])
+    (tmp_path / ".task-key.part-1.jsonl").write_text('{"index": 2}\n')
+
+    def dies(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", dies)
+        with pytest.raises(KeyboardInterrupt):
+            lines.collect()
+    assert lines.collect() == {0, 1, 2}
+    assert lines.paths() == [lines.own]
+    assert lines.own.read_text() == '{"index": 0}\n{"index": 1}\n{"index": 2}\n'
 
 
 def test_a_run_that_was_cut_off_goes_on_to_the_same_result(
