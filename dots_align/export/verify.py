@@ -107,8 +107,9 @@ def _reload(exported: Path, conversations: list[list[Message]], base: Path | Non
 def ask_fresh_process(
     script: Path, request: dict[str, Any], failure: str, python: str = sys.executable
 ) -> dict[str, Any]:
-    """Runs a script that reads JSON and writes JSON, by this interpreter or that of another environment; ValueError,
-    which begins with `failure`, if it ends otherwise.
+    """Runs a script that reads JSON and, last of all, writes JSON, by this interpreter or that of another environment;
+    ValueError, which begins with `failure`, if it ends without. How it ends once it has answered says nothing about
+    the answer: what a library does when its interpreter is taken down may abort it.
     """
     try:
         done = subprocess.run(
@@ -122,10 +123,11 @@ def ask_fresh_process(
         )
     except OSError as error:  # an interpreter that is none
         raise ValueError(f"{failure}: {error}") from None
-    if done.returncode != 0 or not done.stdout:
+    try:
+        return json.loads(done.stdout)
+    except ValueError:
         lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise ValueError(f"{failure}: {lines[-1].strip()}")
-    return json.loads(done.stdout)
+        raise ValueError(f"{failure}: {lines[-1].strip()}") from None
 
 
 def _check_stops(exported: Path, reloaded: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,7 +19,7 @@ from dots_align.data.chat import encode_prompt, stop_token_ids
 from dots_align.export import verify
 from dots_align.export.hf import export_hf
 from dots_align.export.targets import export
-from dots_align.export.verify import verify_export
+from dots_align.export.verify import ask_fresh_process, verify_export
 from dots_align.types import Message
 
 PROMPTS = ["What is 17 plus 25?", "小明有32个苹果，又买了9个，现在有几个？", "Add 3 and 4."]
@@ -55,6 +55,24 @@ def answering(monkeypatch: pytest.MonkeyPatch, truth: dict[str, Any]) -> dict[st
     result = json.loads(json.dumps(truth))
     monkeypatch.setattr(verify, "_reload", lambda *_: result)
     return result
+
+
+ENDINGS = {
+    "aborts": """print('{"said": 1}', flush=True); os.abort()""",
+    "says half of it": """print('{"said":'); sys.exit("no more")""",
+    "says nothing": """sys.exit("no more")""",
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_an_answer_counts_however_its_process_ends_afterwards(tmp_path: Path, ending: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"import os, sys\n{ENDINGS[ending]}\n")
+    if ending == "aborts":
+        assert ask_fresh_process(script, {}, "failed") == {"said": 1}
+        return
+    with pytest.raises(ValueError, match=r"^failed: no more$"):
+        ask_fresh_process(script, {}, "failed")
 
 
 def test_adapter_export_is_published_with_its_proof(adapter: Path, tmp_path: Path) -> None:
