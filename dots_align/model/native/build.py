@@ -107,6 +107,8 @@ def _build(directory: Path, compiler: list[str], source: Path, name: str) -> Pat
     os.close(handle)
     try:
         _run([*compiler, *FLAGS, f"-I{COMMON}", str(source), "-o", temporary])
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())  # before its name: a machine that fails may keep that and lose the content
         os.replace(temporary, target)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -122,7 +124,7 @@ def _library_path(source: Path, purpose: str) -> Path:
     directory = _private_directory()
     name = f"{source.stem}-{_fingerprint(compiler, source)}.so"
     path = directory / name
-    if not path.exists():
+    if not path.exists() or not path.stat().st_size:  # as a machine that failed may leave it
         logger.info("compiling the native %s into %s", purpose, path)
         path = _build(directory, compiler, source, name)
     return path

@@ -24,6 +24,7 @@ from transformers import Dots1ForCausalLM
 from dots_align.config import LoraSection
 from dots_align.model.dots1 import create_model, preset_config
 from dots_align.model.lora import add_adapter
+from dots_align.model.native import build as compiling
 from dots_align.model.router import keep_router_in_fp32, moe_layers, record_routes
 from dots_align.rollout.kv_cache import BlockPool
 from dots_align.rollout.native import NativeForward, build, native_forward, why_not
@@ -560,6 +561,21 @@ def test_processes_that_start_together_build_one_library(tmp_path: Path) -> None
     (library,) = (tmp_path / "dots_align" / "native").iterdir()
     assert library.suffix == ".so"
     assert not stat.S_IMODE(library.stat().st_mode) & 0o022
+
+
+def test_a_library_that_a_failing_machine_left_empty_is_compiled_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler, source = tmp_path / "compiler", tmp_path / "some.cpp"
+    compiler.write_text('#!/bin/sh\nwhile [ "$1" ] && [ "$1" != -o ]; do shift; done\n[ ! "$2" ] || echo it > "$2"\n')
+    compiler.chmod(0o755)
+    source.touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(compiler))
+    library = compiling._library_path(source, "some library")
+    library.write_bytes(b"")
+    assert compiling._library_path(source, "some library") == library
+    assert library.read_text() == "it\n"
 
 
 def test_there_is_one_openmp_runtime() -> None:
