@@ -15,6 +15,7 @@ the checksums; every receiver's certificate. All of it is broadcasts, so any bac
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from collections.abc import Iterable, Iterator
 from datetime import timedelta
@@ -139,11 +140,12 @@ def _header(channel: Channel, numbers: list[int]) -> list[int]:
 
 def _send_bucket(channel: Channel, bucket: list[tuple[Entry, torch.Tensor]], place: dict[str, int]) -> None:
     starts, size = _layout([entry for entry, _ in bucket])
-    _header(channel, [len(bucket), *(place[entry.name] for entry, _ in bucket)])
     buffer = torch.empty(size, dtype=torch.uint8, device=channel.device)
     for (entry, tensor), start in zip(bucket, starts, strict=True):
         target = buffer[start : start + entry.nbytes].view(entry.sent_as).view(entry.shape)
         target.copy_(tensor)
+    # Nothing may fail between the two: who has the header waits for the bucket.
+    _header(channel, [len(bucket), *(place[entry.name] for entry, _ in bucket)])
     channel.broadcast(buffer)
 
 
@@ -240,8 +242,9 @@ class _Sender:
             answers = self.channel.answers()
         except (ValueError, RuntimeError, OSError) as error:
             if not isinstance(error, ConnectionError):
-                _header(self.channel, [_BROKEN])
-                self.channel.share(f"{type(error).__name__}: {error}")
+                with contextlib.suppress(ConnectionError):  # a receiver may be gone as well
+                    _header(self.channel, [_BROKEN])
+                    self.channel.share(f"{type(error).__name__}: {error}")
             _drain(iterator)  # the other processes of a sharded model are gathering still
             return error
         self.certificate = next((answer for answer in answers if isinstance(answer, Certificate)), None)

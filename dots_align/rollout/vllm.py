@@ -139,9 +139,12 @@ class VllmBackend:
             self._check(number, request)
         with ThreadPoolExecutor(self.section.max_concurrent_requests) as pool:
             futures = {pool.submit(self._samples, n, request): n for n, request in enumerate(requests)}
-            for future in as_completed(futures):
-                for index, sample in enumerate(future.result()):
-                    yield Finished(futures[future], index, sample)
+            try:
+                for future in as_completed(futures):
+                    for index, sample in enumerate(future.result()):
+                        yield Finished(futures[future], index, sample)
+            finally:  # where one has failed, those still in line are not asked
+                pool.shutdown(wait=False, cancel_futures=True)
 
     def _check(self, number: int, request: GenerationRequest) -> None:
         if request.started:

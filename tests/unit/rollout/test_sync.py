@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import Dots1ForCausalLM
 
 from dots_align.model.router import moe_layers
 from dots_align.rollout.sync import Manifest, WeightReceiver, WeightStream, checksum, manifest, stream
+from dots_align.rollout.transport import Channel, receive_weights, send_weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int64, torch.uint8, torch.bool)
 EXPERTS = "model.layers.1.mlp.experts.gate_up_proj"
@@ -208,6 +212,24 @@ def test_a_stream_that_breaks_off_is_refused(model: Dots1ForCausalLM, target: Do
         receiver.update(WeightStream(half()), declared)
     with pytest.raises(ValueError, match="broke off: the cable is cut"):
         receiver.check()
+
+
+def test_a_tensor_that_cannot_be_sent_is_told_and_nobody_waits_for_it(
+    model: Dots1ForCausalLM, target: Dots1ForCausalLM
+):
+    declared, store, cpu = manifest(model), dist.HashStore(), torch.device("cpu")
+    lost = WeightStream((name, tensor.to("meta")) for name, tensor in stream(model, declared))
+
+    def channel(rank: int) -> Channel:
+        return Channel(dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=60)), rank, 2, cpu)
+
+    with ThreadPoolExecutor(2) as threads:
+        sent = threads.submit(lambda: send_weights(model, channel(0), declared, lost))
+        received = threads.submit(lambda: receive_weights(WeightReceiver(target), channel(1)))
+        with pytest.raises(ConnectionError, match="the sender gave up: NotImplementedError"):
+            received.result()
+        with pytest.raises(NotImplementedError):
+            sent.result()
 
 
 class TestCanary:

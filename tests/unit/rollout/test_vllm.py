@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +93,25 @@ def test_the_server_stops_where_the_request_says(backend: VllmBackend, server: V
     assert asked["ignore_eos"] is True
     assert asked["stop_token_ids"] == list(range(80))
     assert (asked["n"], asked["max_tokens"], asked["seed"], asked["logprobs"]) == (3, 9, 0, 0)
+
+
+def test_what_is_still_in_line_is_not_asked_once_a_request_has_failed(
+    backend: VllmBackend, token_ids, monkeypatch: pytest.MonkeyPatch
+):
+    asked = []
+
+    def fails_at_first(number: int, request: GenerationRequest) -> list[Sample]:
+        asked.append(number)
+        if number == 0:
+            raise ValueError("the first one")
+        time.sleep(0.05)
+        return []
+
+    backend.section = backend.section.model_copy(update={"max_concurrent_requests": 1})
+    monkeypatch.setattr(backend, "_samples", fails_at_first)
+    with pytest.raises(ValueError, match="the first one"):
+        backend.generate([GenerationRequest(prompt) for prompt in token_ids(*[3] * 40)])
+    assert len(asked) < 40
 
 
 class TestRefused:
