@@ -50,6 +50,11 @@ class Ahead:
         """The batch of the next step, once it is there; for a checkpoint."""
         return None if self._next is None else self._next.result()
 
+    def close(self) -> None:
+        """Waits for a batch that is in the making; nobody will take it."""
+        if self._thread is not None:
+            self._thread.shutdown()
+
     def put_back(self, rollouts: Rollouts | None) -> None:
         """What `waiting` gave before a checkpoint was written."""
         if rollouts is not None:

@@ -128,6 +128,8 @@ class RlLoop:
                 bar.update()
                 if self.step == max_steps or (save_steps and self.step % save_steps == 0):
                     self.publish(publisher, log)
+        if self.ahead is not None:
+            self.ahead.close()  # of a run that was stopped early, a batch is still in the making
         publisher.finish(log)
         return publisher.final_path(self.step)
 
@@ -237,4 +239,6 @@ def run(recipe: RlRecipe) -> Path:
         logger.info("resuming from %s", resume)
         publisher.finish_hooks(resume, log)
         loop.resume(resume)
-    return loop.train(publisher, log)
+    last = loop.train(publisher, log)
+    rewards.close()
+    return last

@@ -154,6 +154,30 @@ def test_a_copy_follows_when_told_and_shares_what_is_frozen(model) -> None:
     assert weight.requires_grad
 
 
+def test_a_run_that_is_stopped_leaves_no_batch_in_the_making(loop, tmp_path: Path) -> None:
+    """Whatever comes next in the process would run beside it."""
+    keys = {"train": {"off_policy_steps": 1, "max_steps": 4}, "rollout_correction": CORRECTED}
+    made, collected = loop("noisy", {"name": "grpo"}, group_size=8, **keys), []
+
+    def slowly(step: int, version: int) -> Rollouts:
+        batch = made.collector.collect(step, version)
+        time.sleep(0.3 * step)
+        collected.append(step)
+        return batch
+
+    class StoppedAfterAStep:
+        stopped = property(lambda _: made.step > 0)
+
+        def finish(self, log: MetricsLog) -> None: ...
+
+        def final_path(self, step: int) -> Path:
+            return tmp_path / f"checkpoint-{step}"
+
+    made.ahead = Ahead(slowly, made._bring_up_to_date, 4, beside=True)
+    assert made.train(StoppedAfterAStep(), MetricsLog(tmp_path)).name == "checkpoint-1"
+    assert collected == [0, 1]
+
+
 def test_one_step_off_the_batch_is_that_of_the_weights_before_the_last_step(loop, tmp_path: Path) -> None:
     made = loop(
         "noisy",
