@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,8 @@ from dots_align.verl_plugin.mapping import LOADING, STRATEGY, check, verl_config
 
 POLL_SECONDS = 1.0
 EXTRA = ("transfer_queue", "cachetools")
+# Starts a command that gets SIGTERM when this process ends, however it ends (PR_SET_PDEATHSIG).
+BESIDE_US = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15, 0, 0, 0); os.execv(sys.argv[1], sys.argv[1:])"
 
 
 def run(recipe: Any) -> Path:
@@ -46,6 +49,7 @@ def run(recipe: Any) -> Path:
     log = MetricsLog(run_dir, step_of(resume) if resume else 0, recipe)
     if resume is not None:
         publisher.finish_hooks(resume, log)
+    _resume_from(resume, run_dir.resolve() / "verl" / "checkpoints")
     code = _start(command, run_dir / "verl", Follower(run_dir, log, recipe, publisher))
     publisher.finish(log)
     if code != 0:
@@ -118,6 +122,23 @@ def write_config(recipe: Any, start: Any, run_dir: Path) -> list[str]:
     return [sys.executable, "-m", "verl.trainer.main_ppo", *options, *hydra]
 
 
+def _resume_from(checkpoint: Path | None, saved: Path) -> None:
+    """Has verl go on from the run's newest whole checkpoint. It notes a step before that is published, so a process
+    that died in between leaves a note of weights that are half moved away, or not linked yet.
+    """
+    step, note = step_of(checkpoint) if checkpoint else 0, saved / "latest_checkpointed_iteration.txt"
+    for later in saved.glob("global_step_*"):
+        if int(later.name.rpartition("_")[2]) > step:
+            shutil.rmtree(later)
+    if checkpoint is None:
+        note.unlink(missing_ok=True)
+    elif (saved / f"global_step_{step}").is_dir():
+        link = saved / f"global_step_{step}" / "actor"
+        if not link.exists():
+            link.symlink_to(checkpoint.resolve())
+        note.write_text(str(step), encoding="utf-8")
+
+
 def _start(command: list[str], directory: Path, follower: Follower) -> int:
     """Runs verl's trainer to its end, and passes on what it logs."""
     environment = {
@@ -128,7 +149,8 @@ def _start(command: list[str], directory: Path, follower: Follower) -> int:
     }
     logger.info("%s (its output: %s)", " ".join(command), directory / "log.txt")
     with (directory / "log.txt").open("w", encoding="utf-8") as out:
-        child = subprocess.Popen(command, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        beside = [sys.executable, "-c", BESIDE_US, *command]
+        child = subprocess.Popen(beside, env=environment, stdout=out, stderr=subprocess.STDOUT)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that verl, and with it Ray, end as well
         try:
             while child.poll() is None:

@@ -69,11 +69,13 @@ class RewardManager(RewardManagerBase):
                 scores = await asyncio.to_thread(self.rewards.score, [response for response, _, _ in batch])
             except Exception as error:  # noqa: BLE001 - told to everyone who waits
                 for _, _, future in batch:
-                    future.set_exception(error)
+                    if not future.done():  # given up by who asked
+                        future.set_exception(error)
                 continue
             lines = []
             for (response, step, future), (reward, values) in zip(batch, scores, strict=True):
-                future.set_result(self._result(response, reward))
+                if not future.done():
+                    future.set_result(self._result(response, reward))
                 lines.append(json.dumps(_shown(response, step, reward, values), ensure_ascii=False))
             with self.scored.open("a", encoding="utf-8") as out:
                 out.write("".join(f"{line}\n" for line in lines))

@@ -226,7 +226,7 @@ class RolloutServer:
                     if not future.done():
                         future.set_exception(ValueError(sample))
                 group.waiting.clear()
-            elif (future := group.waiting.pop(index, None)) is not None:
+            elif (future := group.waiting.pop(index, None)) is not None and not future.done():
                 future.set_result(self._output(sample, len(group.begun[index])))
             if not group.waiting:
                 del self.running[ticket]

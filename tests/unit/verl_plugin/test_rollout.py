@@ -104,6 +104,20 @@ def test_samples_are_those_of_the_engine_also_across_aborts(
     assert max(attempts for _, _, attempts in found) > 1 if aborts else all(a == 1 for _, _, a in found)
 
 
+def test_one_who_gives_up_costs_the_others_nothing(server: Any) -> None:
+    async def one_of_them() -> list[Any]:
+        running = server()
+        tasks = [asyncio.create_task(running.generate(**asked(PROMPTS[0], 0, i, []))) for i in range(NUM_SAMPLES)]
+        await asyncio.sleep(rollout.QUIET_SECONDS / 5)
+        tasks[1].cancel()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    first, second, third = asyncio.run(one_of_them())
+    assert isinstance(second, asyncio.CancelledError)
+    assert first.token_ids
+    assert third.token_ids
+
+
 def test_what_cannot_be_done_is_told_to_all_who_asked(server: Any) -> None:
     async def both() -> list[Any]:
         running = server()
