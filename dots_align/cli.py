@@ -31,6 +31,7 @@ DISK = (
     *(errno.EEXIST, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG),
 )
 """What a person can mend, and no mistake of ours."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -55,12 +56,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _end_other_rank(error)
     except Exception as error:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-            if isinstance(error, OSError) and error.errno in DISK and not os.environ.get("DOTS_ALIGN_TRACEBACK"):
-                where = f"{error.filename}: " if error.filename else ""
-                sys.exit(f"dots-align {options.command}: {where}{error.strerror}")
+            if (told := _disk_trouble(error)) and not os.environ.get("DOTS_ALIGN_TRACEBACK"):
+                sys.exit(f"dots-align {options.command}: {told}")
             raise
         traceback.print_exc()
         _end_other_rank(error)
+
+
+def _disk_trouble(error: Exception) -> str | None:
+    """What a disk had against it, if it was one that ended the command. A full one is told in words alone by those who
+    write through libraries that are not Python.
+    """
+    if isinstance(error, OSError) and error.errno in DISK:
+        told = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror)
+    else:
+        told = next((os.strerror(number) for number in FULL if os.strerror(number) in str(error)), "")
+    if any(os.strerror(number) in told for number in FULL):
+        told += "; make room, and give the same command again: whatever has its final name is whole"
+    return told or None
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -227,12 +240,12 @@ def _stage(options: argparse.Namespace) -> None:
 
 
 def _run_stage(recipe: Any) -> None:
-    from dots_align.runtime import start_processes, stop_processes, world_size
+    from dots_align.runtime import is_main_process, start_processes, stop_processes, world_size
 
     if recipe.stage in ("grpo", "ppo") and recipe.launch.backend == "verl":
         from dots_align.verl_plugin.launch import run
 
-        run(recipe)
+        print(run(recipe))
         return
     if recipe.stage != "pipeline":
         from dots_align.checkpoint import check_parallel
@@ -244,7 +257,9 @@ def _run_stage(recipe: Any) -> None:
             check_deepspeed(recipe, world_size())
     if world_size() > 1 and recipe.stage != "pipeline":
         start_processes(recipe.parallel.timeout_minutes)
-    importlib.import_module(f"dots_align.stages.{recipe.stage}").run(recipe)
+    last = importlib.import_module(f"dots_align.stages.{recipe.stage}").run(recipe)
+    if recipe.stage != "pipeline" and is_main_process():
+        print(last)
     stop_processes()
 
 
@@ -259,15 +274,12 @@ def _eval(options: argparse.Namespace) -> None:
 
     setup_logging()
     from dots_align.checkpoint import check_parallel
-    from dots_align.evals.command import result_file
-    from dots_align.evals.on_save import evaluate_directory
+    from dots_align.evals.command import run_recipe
 
     if recipe.model.path is None:
         raise ValueError("model.path is not set; give the checkpoint directory to evaluate")
     check_parallel(recipe)
-    checkpoint = Path(recipe.model.path)
-    output = result_file(checkpoint, recipe)
-    evaluate_directory(checkpoint, recipe.model, recipe.evaluation, recipe.seed, output, recipe.parallel)
+    output = run_recipe(recipe)
     if is_main_process():
         print(output)
     stop_processes()

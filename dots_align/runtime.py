@@ -28,6 +28,8 @@ from dots_align.config import recipe_dict
 
 logger = logging.getLogger("dots_align")
 Result = TypeVar("Result")
+SECONDS_BETWEEN_LINES = 15
+"""Of progress in a log file."""
 
 
 class _BarFriendlyHandler(logging.Handler):
@@ -213,17 +215,34 @@ def preserved_rng() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
+class _Lines(tqdm):
+    """A line every now and then, for a log file, where a bar cannot be drawn over itself."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self._shown = time.monotonic()
+        super().__init__(*arguments, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """`msg`: what tqdm wipes a bar out with; there is nothing to wipe out."""
+        if msg is None and time.monotonic() - self._shown >= SECONDS_BETWEEN_LINES:
+            self._shown = time.monotonic()
+            print(self, file=sys.stderr, flush=True)
+
+    def clear(self, nolock: bool = False) -> None:
+        """As `display`."""
+
+
 def progress(total: int, description: str, unit: str = "it", initial: int = 0) -> tqdm:
     """A progress bar on stderr, shown by the main process once two seconds have passed; in a log file, a line a
     while.
     """
-    return tqdm(
+    return (tqdm if sys.stderr.isatty() else _Lines)(
         total=total,
         desc=description,
         unit=unit,
         initial=initial,
         delay=2,
-        mininterval=0.1 if sys.stderr.isatty() else 15,
+        mininterval=0.1,
         leave=False,
         dynamic_ncols=True,
         disable=not is_main_process(),

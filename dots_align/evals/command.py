@@ -1,4 +1,4 @@
-"""`dots-align eval CHECKPOINT --tasks …`: tasks of the suite, and of lm-evaluation-harness, in one table."""
+"""`dots-align eval`: a recipe's evaluation, or tasks of the suite and of lm-evaluation-harness in one table."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dots_align.checkpoint import check_whole, fingerprint, load_trainable, read_json, stored_dtype
+from dots_align.checkpoint import (
+    check_whole,
+    encode_rollout_prompts,
+    fingerprint,
+    load_trainable,
+    read_json,
+    stored_dtype,
+)
 from dots_align.config import EvalRecipe, ModelSection, ParallelSection, apply_override
 from dots_align.evals.benchmarks import Suite, run_suite, table
-from dots_align.evals.on_save import EVALS, evaluation_key
+from dots_align.evals.on_save import EVALS, check_evaluation, evaluate_directory, evaluation_key
 from dots_align.runtime import is_main_process, write_json
 
 RESULTS = "results.json"
@@ -31,7 +38,7 @@ def run(options: Any) -> Path:
     check_whole(options.target)
     checkpoint = options.target.resolve()
     directory = options.output or checkpoint / EVALS
-    _make_writable(directory, "--output FOLDER")
+    make_writable(directory, "--output FOLDER")
     section = ModelSection(path=str(checkpoint), dtype=stored_dtype(checkpoint))  # pyright: ignore[reportArgumentType]
     model, tokenizer = load_trainable(section, ParallelSection(), bf16=False)
     known = fingerprint(checkpoint)
@@ -47,6 +54,20 @@ def run(options: Any) -> Path:
     return directory / RESULTS
 
 
+def run_recipe(recipe: EvalRecipe) -> Path:
+    """Does what an eval recipe says with its checkpoint, and returns the file with the result.
+
+    Raises:
+        ValueError: it cannot be done; before weights are loaded where configuration, tokenizer and data tell.
+    """
+    checkpoint = Path(str(recipe.model.path))
+    prompts = check_evaluation(recipe.evaluation, recipe.seed)
+    encode_rollout_prompts(recipe.model, prompts, recipe.evaluation.max_tokens)
+    output = result_file(checkpoint, recipe)
+    evaluate_directory(checkpoint, recipe.model, recipe.evaluation, recipe.seed, output, recipe.parallel)
+    return output
+
+
 def result_file(checkpoint: Path, recipe: EvalRecipe) -> Path:
     """Where the result of an eval recipe goes: the checkpoint's `eval.json`, unless that is the result of another
     evaluation, such as the one it was saved with; then a file of its own under `evals/`. Its folder is made.
@@ -59,11 +80,12 @@ def result_file(checkpoint: Path, recipe: EvalRecipe) -> Path:
     output = checkpoint / EVALS / f"eval-{key}.json" if beside else own
     if recipe.output:
         output = Path(recipe.output)
-    _make_writable(output.parent, "output=FILE")
+    make_writable(output.parent, "output=FILE")
     return output
 
 
-def _make_writable(directory: Path, remedy: str) -> None:
+def make_writable(directory: Path, remedy: str) -> None:
+    """Makes a directory for results; raises ValueError if that, or writing there, is impossible."""
     with contextlib.suppress(OSError):  # what is wrong shows in what is there then
         directory.mkdir(parents=True, exist_ok=True)
     if not directory.is_dir() or not os.access(directory, os.W_OK):

@@ -11,24 +11,28 @@ from typing import Any
 
 from dots_align.checkpoint import check_whole, fingerprint, load_trainable
 from dots_align.config import EvaluationSection, HookSection, ModelSection, ParallelSection, SuiteSection, recipe_dict
+from dots_align.data.sources import load_preference_pairs, load_prompts
 from dots_align.evals.benchmarks import Suite, run_suite
 from dots_align.evals.hook_process import user_hook
 from dots_align.evals.hooks import Hook, SaveHook
 from dots_align.evals.preference import evaluate_pairs
-from dots_align.evals.suite import METRICS, evaluate
+from dots_align.evals.suite import METRICS, evaluate, held_out
 from dots_align.runtime import is_main_process, logger, write_json
 from dots_align.scoring import load_function
+from dots_align.types import Prompt
 
 EVALS = "evals"  # beside a checkpoint's eval.json: what tasks of the suite were answered
 POLICIES = ("keep_best", "stop_early")  # done by the publisher, with what hooks have found
 
 
 def resolve_hooks(recipe: Any) -> list[SaveHook]:
-    """The hooks a recipe names, in order. Raises ValueError for a name that leads nowhere, before anything is
-    trained.
+    """The hooks a recipe names, in order. Raises ValueError for a name that leads nowhere, and for data that cannot be
+    read, before anything is trained.
     """
-    if recipe.evaluation is not None and recipe.stage != "reward_model":
-        metrics_of(recipe.evaluation)
+    if recipe.evaluation is not None and recipe.stage == "reward_model":
+        held_out(load_preference_pairs, recipe.evaluation.data, recipe.evaluation.num_pairs, recipe.seed)
+    elif recipe.evaluation is not None:
+        check_evaluation(recipe.evaluation, recipe.seed)
     found: list[SaveHook] = []
     for section in recipe.on_save:
         if section.hook not in POLICIES:
@@ -45,6 +49,12 @@ def metrics_of(evaluation: EvaluationSection) -> list[str]:
     load_function(evaluation.scorer, "evaluation.scorer")
     tasks = Suite(evaluation.tasks.names).tasks() if evaluation.tasks is not None else []
     return [*METRICS, *(f"{task.name}/{task.metric}" for task in tasks)]
+
+
+def check_evaluation(evaluation: EvaluationSection, seed: int) -> list[Prompt]:
+    """The prompts of an evaluation that can be done; no weight is needed to tell. Raises ValueError otherwise."""
+    metrics_of(evaluation)
+    return held_out(load_prompts, evaluation.data, evaluation.num_prompts, seed)
 
 
 def resolve_hook(section: HookSection) -> Hook:

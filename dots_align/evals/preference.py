@@ -13,6 +13,7 @@ from dots_align.checkpoint import check_whole, load_state, load_trainable, store
 from dots_align.config import ModelSection, PairEvaluationSection, ParallelSection
 from dots_align.data.chat import encode_conversation
 from dots_align.data.sources import data_hash, load_preference_pairs
+from dots_align.evals.suite import held_out
 from dots_align.model.expert_parallel import is_sharded, reshard
 from dots_align.model.heads import sequence_scores
 from dots_align.model.lora import adapter_base, is_reward_adapter, stored_lora
@@ -116,10 +117,7 @@ def evaluate_pairs(
         the content of `eval.json`: `metrics` (`accuracy`: share of pairs whose chosen answer scores higher, a tie
         counts half; `margin`: mean difference of the scores), and what was asked.
     """
-    data = evaluation.data
-    if data.path.startswith("synthetic:"):
-        data = data.model_copy(update={"max_samples": data.max_samples or evaluation.num_pairs})
-    pairs = load_preference_pairs(data, seed)[: evaluation.num_pairs]
+    pairs = held_out(load_preference_pairs, evaluation.data, evaluation.num_pairs, seed)
     model = load_preference_model(checkpoint, parallel, bf16)
     stride = world_size() if is_sharded(model.model) else 1
     mine = pairs[rank() if stride > 1 else 0 :: stride]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dots_align.config import EvaluationSection, RewardSection
+from dots_align.config import DataSection, EvaluationSection, RewardSection
 from dots_align.data.chat import stop_token_ids
 from dots_align.data.encoding import encode_prompts
 from dots_align.data.sources import data_hash, load_prompts
@@ -16,7 +18,21 @@ from dots_align.runtime import gather_objects, progress, rank, world_size
 from dots_align.scoring import RewardSum
 from dots_align.types import GenerationRequest, Prompt, Response, Sample, SamplingParams
 
+Record = TypeVar("Record")
 METRICS = ("exact_match", "stop_rate", "mean_length")
+_KEY = re.compile(r"\bdata\.(path|\w+_field)\b")
+
+
+def held_out(
+    load: Callable[[DataSection, int], list[Record]], data: DataSection, count: int, seed: int
+) -> list[Record]:
+    """The first `count` records of an evaluation. What `load` has against them names keys as a recipe has them."""
+    if data.path.startswith("synthetic:"):
+        data = data.model_copy(update={"max_samples": data.max_samples or count})
+    try:
+        return load(data, seed)[:count]
+    except ValueError as error:
+        raise ValueError(_KEY.sub(r"evaluation.data.\1", str(error))) from None
 
 
 def evaluate(
@@ -30,10 +46,7 @@ def evaluate(
         `stop_rate`: share that ended their turn; `mean_length`: response tokens), what was asked, and the first
         samples.
     """
-    data = evaluation.data
-    if data.path.startswith("synthetic:"):
-        data = data.model_copy(update={"max_samples": data.max_samples or evaluation.num_prompts})
-    prompts = load_prompts(data, seed)[: evaluation.num_prompts]
+    prompts = held_out(load_prompts, evaluation.data, evaluation.num_prompts, seed)
     stride = world_size() if is_sharded(model) else 1
     own = _answer(model, tokenizer, evaluation, prompts[rank() if stride > 1 else 0 :: stride])
     parts = gather_objects(own) if stride > 1 else [own]

@@ -96,7 +96,7 @@ def write_gguf(directory: Path, output: Path, format: str) -> Path:
             _write_tensors(directory, files, tensors, staging)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{directory}: cannot be written as GGUF: {error}") from None
-    logger.info("wrote %s (%.1f MB, %d tensors)", output, output.stat().st_size / 1e6, len(tensors))
+    logger.info("wrote %s (%.1f MB, %d tensors)", output.name, output.stat().st_size / 1e6, len(tensors))
     return output
 
 

@@ -25,13 +25,12 @@ HEADER = (
 
 
 def as_text(found: Parity) -> str:
-    rows = [_cells(found, row) for row in found.rows]
-    widths = [max(len(line[i]) for line in (HEADER, *rows)) for i in range(len(HEADER))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in (HEADER, *rows)
-    ]
-    lines.insert(1, "-" * max(map(len, lines)))
+    rows = [HEADER, *(_cells(found, row) for row in found.rows)]
+    columns = zip(*(row for row in rows if len(row) == len(HEADER)), strict=True)
+    widths = [max(map(len, column)) for column in columns]
+    widths[0] = max(len(row[0]) for row in rows)
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)).rstrip() for row in rows]
+    lines.insert(1, "-" * len(lines[0]))
     parts = [
         f"{found.checkpoint}, every engine against dots1 as it is defined (fp32)",
         "\n".join(lines),
@@ -43,7 +42,7 @@ def as_text(found: Parity) -> str:
 
 def _cells(found: Parity, row: Comparison) -> tuple[str, ...]:
     if row.skipped:
-        return row.name, f"skipped: {row.skipped}", *[""] * (len(HEADER) - 2)
+        return row.name, f"skipped: {row.skipped}"
     seen = aspects(found.mistakes, row, found.sensitivity)
     return (
         row.name,

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from dots_align import __version__
 from dots_align.checkpoint import MANIFEST, check_whole, file_sha256
 from dots_align.config import ReleaseRecipe, apply_override, explain, load_recipe, recipe_dict
-from dots_align.data.sources import load_prompts
+from dots_align.evals.command import make_writable
+from dots_align.evals.on_save import check_evaluation
 from dots_align.export.source import without_local_paths
 from dots_align.export.targets import export
 from dots_align.release.gates import (
@@ -49,7 +50,8 @@ def release(checkpoint: Path, output: Path, recipe: ReleaseRecipe, overwrite: bo
     checkpoint, output = Path(checkpoint), Path(output)
     check_whole(checkpoint)
     check_thresholds(recipe)
-    load_prompts(recipe.evaluation.data, recipe.seed)  # what is wrong with it should not show after the other gates
+    check_evaluation(recipe.evaluation, recipe.seed)
+    make_writable(output.parent, "--output")
     failed = failure_of(output)
     failed.unlink(missing_ok=True)
     _refuse_foreign(output, overwrite)

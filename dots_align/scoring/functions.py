@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import importlib
 import importlib.util
@@ -40,7 +41,9 @@ def load_function(name: str, key: str) -> Callable[..., Any]:
             raise ValueError(f"{key}: {place} cannot be loaded: {_told(error)}") from None
     found = getattr(module, function, None)
     if not callable(found):
-        raise ValueError(f"{key}: {place} has no function {function!r}")
+        near = difflib.get_close_matches(function, [n for n, v in vars(module).items() if callable(v)], n=1)
+        told = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{key}: {place} has no function {function!r}{told}")
     return found
 
 

@@ -23,6 +23,7 @@ from dots_align.config import DataSection, ModelSection, RftRecipe, recipe_dict
 from dots_align.data.chat import as_dicts
 from dots_align.data.selection import Answer, Selected, select
 from dots_align.data.sources import load_conversations, load_prompts
+from dots_align.evals.on_save import resolve_hooks
 from dots_align.evals.preference import load_preference_model
 from dots_align.generation.command import generate
 from dots_align.generation.options import GenerateOptions
@@ -42,6 +43,7 @@ def run(recipe: RftRecipe) -> Path:
     """Samples, selects, trains and returns the last checkpoint's directory."""
     prompts = load_prompts(recipe.data, recipe.seed)
     mixed = _conversations_to_mix(recipe)
+    resolve_hooks(recipe)  # what is wrong there should not show when all answers are sampled
     run_dir = open_run_directory(recipe)
     seed_everything(recipe.seed)
     directory = run_dir / "rft"

@@ -34,6 +34,7 @@ from dots_align.runtime import (
     MetricsLog,
     barrier,
     device,
+    is_main_process,
     logger,
     on_main,
     progress,
@@ -89,6 +90,7 @@ def prepare_model(recipe: Any, run_dir: Path) -> tuple[Any, PreTrainedTokenizerB
     """The model a stage trains, every process its part: the start checkpoint, with fresh adapters if the recipe has
     `lora:`.
     """
+    resolve_hooks(recipe)  # what is wrong there should not show after minutes of loading
     start = ensure_start(recipe, run_dir)
     if recipe.parallel.backend == "deepspeed":
         model, tokenizer = zero.load_trainable(start, recipe)
@@ -175,9 +177,13 @@ def published_by(trainer_class: Trainer, run: StageRun) -> Trainer:
             staging, final = publisher.run_dir / STAGING, publisher.final_path(step)
             # What a process left that died while saving must not get into the manifest.
             on_main(lambda: shutil.rmtree(staging, ignore_errors=True))
-            super()._save_checkpoint(model, trial)
-            barrier()
-            on_main(lambda: seal_and_publish(staging / final.name, final, publisher.manifest(step)))
+            try:
+                super()._save_checkpoint(model, trial)
+                barrier()
+                on_main(lambda: seal_and_publish(staging / final.name, final, publisher.manifest(step)))
+            finally:
+                if is_main_process():  # a full disk should not be kept full by half a checkpoint
+                    shutil.rmtree(staging, ignore_errors=True)
             publisher.after_publish(final, run.log)
             self.control.should_training_stop |= publisher.stopped
 

@@ -73,13 +73,29 @@ def test_wrong_type(fails, recipe, out: Path):
     assert not out.exists()
 
 
+def without_weights(start: Path, tmp_path: Path) -> Path:
+    """A checkpoint that passes for whole until its weights are read."""
+    copied = Path(shutil.copytree(start, tmp_path / "start"))
+    weights = copied / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    return copied
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "rft", "grpo", "eval"])
+def test_missing_evaluation_data_is_said_before_weights_are_read(
+    fails, recipe, start: Path, out: Path, tmp_path: Path, stage: str
+):
+    overrides = [f"model.path={without_weights(start, tmp_path)}", "evaluation.data.path=nowhere.jsonl"]
+    overrides += [] if stage == "eval" else [f"output_dir={out}"]
+    overrides += ["model.preset=null"] if stage == "sft" else []
+    assert "evaluation.data.path=nowhere.jsonl: no such file" in fails(stage, recipe(stage), *overrides)
+
+
 @pytest.mark.parametrize("stage", ["sft", "grpo", "ppo", "rft"])
 def test_prompt_longer_than_the_context(fails, recipe, start: Path, out: Path, tmp_path: Path, stage: str):
     """Where a model samples, weights are not even looked at by then."""
     if stage != "sft":
-        start = Path(shutil.copytree(start, tmp_path / "start"))
-        weights = start / "model.safetensors"
-        weights.write_bytes(bytes(weights.stat().st_size))
+        start = without_weights(start, tmp_path)
     long = "seven " * 3000
     data = jsonl(
         tmp_path / "data.jsonl",

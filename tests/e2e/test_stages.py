@@ -27,6 +27,7 @@ def test_sft_leaves_whole_evaluated_linked_checkpoints(start: Path):
     assert [p.name for p in sorted(run_dir.glob("checkpoint-*"))] == ["checkpoint-2", "checkpoint-3"]
     assert os.readlink(start) == "checkpoint-3"
     assert (run_dir / "best").is_symlink()
+    assert not list(run_dir.glob(".*"))
     for checkpoint in run_dir.glob("checkpoint-*"):
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         assert manifest["stage"] == "sft"
@@ -45,7 +46,9 @@ def test_sft_leaves_whole_evaluated_linked_checkpoints(start: Path):
         assert "model.layers.1.mlp.gate.e_score_correction_bias" in weights.keys()  # noqa: SIM118
 
 
-def test_grpo_logs_the_agreement_of_trainer_and_rollout_at_every_step(recipe: Recipe, start: Path, tmp_path: Path):
+def test_grpo_logs_the_agreement_of_trainer_and_rollout_at_every_step(
+    recipe: Recipe, start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     cli.main(
         [
             "grpo",
@@ -58,6 +61,7 @@ def test_grpo_logs_the_agreement_of_trainer_and_rollout_at_every_step(recipe: Re
             f"rewards.1.function={_odd_reward(tmp_path)}:odd",
         ]
     )
+    assert capsys.readouterr().out == f"{tmp_path / 'grpo' / 'checkpoint-3'}\n"
     lines = [line for line in metrics(tmp_path / "grpo") if "grpo/reward" in line]
     assert [line["step"] for line in lines] == [1, 2, 3]
     for line in lines:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from dots_align import cli
 from dots_align.config import DataSection, SftRecipe
@@ -47,3 +49,24 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
         cli.main(["report", str(run), "--output", str(tmp_path / "file" / "page.html")])
     assert str(stopped.value.code).startswith(f"dots-align report: {tmp_path / 'file'}")
     assert str(stopped.value.code).endswith(": File exists")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device", "runs/sft"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_one_line_whoever_says_so(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """safetensors raises no OSError."""
+
+    def fails(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_report", fails)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["report", "run"])
+    told = str(stopped.value.code)
+    assert "\n" not in told
+    assert "No space left on device; make room, and give the same command again" in told

@@ -14,12 +14,16 @@ import numpy as np
 import pytest
 import torch
 
+from dots_align import runtime
 from dots_align.config import DataSection, SftRecipe
 from dots_align.runtime import (
     MetricsLog,
     device,
+    logger,
     preserved_rng,
+    progress,
     seed_everything,
+    setup_logging,
     write_json,
 )
 
@@ -113,6 +117,28 @@ def test_write_json_replaces_the_file_in_one_go(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write_json(path, {"a": object()})
     assert json.loads(path.read_text(encoding="utf-8")) == {"a": "é"}
+
+
+def test_progress_in_a_log_file_is_a_line_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not a bar drawn over itself, which in a file is one long line."""
+    setup_logging()
+    monkeypatch.setattr(runtime, "SECONDS_BETWEEN_LINES", 3600)
+    with progress(9, "sft", "step") as bar:
+        for step in range(9):
+            bar.set_postfix(loss=step)
+            bar.update()
+            if step == 4:
+                logger.warning("a message")
+                monkeypatch.setattr(runtime, "SECONDS_BETWEEN_LINES", 0)
+                bar.refresh()
+                monkeypatch.setattr(runtime, "SECONDS_BETWEEN_LINES", 3600)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == "a message"
+    assert second.startswith("sft:  56%|")
+    assert "5/9" in second
+    assert second.endswith("loss=4]")
 
 
 def draws() -> tuple[float, float, float]:

@@ -10,8 +10,16 @@ import pytest
 import torch
 from transformers import Dots1ForCausalLM, PreTrainedTokenizerFast
 
-from dots_align.config import DataSection, EvalRecipe, EvaluationSection, HookSection, ModelSection
-from dots_align.evals.command import result_file
+from dots_align.config import (
+    DataSection,
+    EvalRecipe,
+    EvaluationSection,
+    HookSection,
+    ModelSection,
+    PairEvaluationSection,
+    RewardModelRecipe,
+)
+from dots_align.evals.command import result_file, run_recipe
 from dots_align.evals.on_save import evaluate_checkpoint, evaluation_key, resolve_hooks
 from dots_align.evals.suite import evaluate
 from dots_align.types import Response
@@ -136,3 +144,33 @@ def test_a_hook_that_leads_nowhere_is_refused_at_once(tmp_path: Path) -> None:
     broken = recipe(tmp_path).model_copy(update={"evaluation": evaluation(scorer="reward_models.math:none")})
     with pytest.raises(ValueError, match=r"^evaluation\.scorer: reward_models\.math has no function 'none'"):
         resolve_hooks(broken)
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        ({"path": "nowhere.jsonl"}, r"^evaluation\.data\.path=nowhere\.jsonl: no such file"),
+        (
+            {"path": "a.jsonl"},
+            r"^a\.jsonl:1: no field 'answer' .*; set evaluation\.data\.answer_field to",
+        ),
+    ],
+)
+def test_data_that_cannot_be_asked_is_refused_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: dict[str, str], told: str
+) -> None:
+    """Not after it, at the first save; and by the keys that are to be changed."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"prompt": "1+1?", "solution": "2"}\n')
+    with pytest.raises(ValueError, match=told):
+        resolve_hooks(recipe(tmp_path).model_copy(update={"evaluation": evaluation(data=DataSection(**data))}))
+    eval_recipe = EvalRecipe(stage="eval", model=ModelSection(path="none"), evaluation=evaluation(data=data))
+    with pytest.raises(ValueError, match=told):
+        run_recipe(eval_recipe)
+
+
+def test_pairs_that_are_not_there_are_refused_before_training(tmp_path: Path) -> None:
+    pairs = PairEvaluationSection(data=DataSection(path="nowhere.jsonl"))
+    keys = {"output_dir": str(tmp_path), "data": DataSection(path="synthetic:preference"), "evaluation": pairs}
+    with pytest.raises(ValueError, match=r"^evaluation\.data\.path=nowhere\.jsonl: no such file"):
+        resolve_hooks(RewardModelRecipe(stage="reward_model", **keys))

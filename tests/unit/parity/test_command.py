@@ -17,6 +17,7 @@ import torch
 from dots_align import cli
 from dots_align.export.hf import export_hf
 from dots_align.parity.check import Parity, compare_all
+from dots_align.parity.compare import Comparison
 from dots_align.parity.endpoint import Endpoint
 from dots_align.parity.engines import Transformers
 from dots_align.parity.fresh import Exported
@@ -102,6 +103,13 @@ def test_a_bias_that_decides_nothing_is_said_not_to_be_provable(loaded_model: An
     assert "its correction bias decides nothing" in " ".join(text.split())
     (row,) = [line for line in text.splitlines() if line.startswith("transformers eager")]
     assert row.split() == [*row.split()[:7], "ok", "ok", "?", "ok", "ok", "ok"]
+
+
+def test_why_an_engine_was_skipped_does_not_widen_the_columns() -> None:
+    rows = [Comparison("training", max_difference=2e-6), Comparison("llama.cpp F32", skipped="x" * 90)]
+    header, rule, *_ = as_text(Parity("here", rows, {})).split("\n\n")[1].splitlines()
+    assert len(header) == len(rule) < 110
+    assert "x" * 90 in as_text(Parity("here", rows, {}))
 
 
 def short(tokenizer: Any) -> Asked:

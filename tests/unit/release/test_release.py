@@ -178,6 +178,12 @@ def test_what_no_checkpoint_can_reach_is_refused_before_anything_is_made(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_the_gates(model_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"file: results cannot be written there; give --output"):
+        release(model_dir, tmp_path / "file" / "out", recipe())
+
+
 def test_a_threshold_of_a_task_that_is_asked_is_taken() -> None:
     check_thresholds(recipe(evaluation=TASKS, thresholds={"gsm8k/accuracy": 0.3, "mean_length": 20, "stop_rate": 1}))
 

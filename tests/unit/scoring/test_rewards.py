@@ -132,7 +132,7 @@ def test_functions_are_found_in_modules_and_files(mine: str) -> None:
     [
         ("boxed_answer", "must be `module:function` or `path/to/file.py:function`"),
         ("reward_models.maths:boxed_answer", "cannot import 'reward_models.maths'"),
-        ("reward_models.math:boxed", "reward_models.math has no function 'boxed'"),
+        ("reward_models.math:boxd_answer", "has no function 'boxd_answer'; did you mean boxed_answer?"),
         ("no/such/file.py:f", "no such file no/such/file.py"),
         ("{mine}:constant", "has no function 'constant'"),
         ("{mine}:", "has no function ''"),
