@@ -116,11 +116,11 @@ def _parser() -> argparse.ArgumentParser:
     for name, summary in STAGES.items():
         stage = command(name, summary, _stage)
         stage.add_argument("recipe", type=Path, help="YAML file; the ones that come with the project are in recipes/")
-        stage.add_argument("overrides", nargs="*", metavar="key=value", help="for example optim.learning_rate=1e-5")
+        _add_keys(stage, "for example optim.learning_rate=1e-5")
     _add_eval(command("eval", "evaluate one checkpoint, by a recipe or on tasks of the suite", _eval))
     plan = command("plan", "will a recipe fit, how fast will it be, and what to change", _plan)
     plan.add_argument("recipe", type=Path, help="YAML file of a training stage; needs no checkpoint and no GPU")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="for example parallel.ep=4")
+    _add_keys(plan, "for example parallel.ep=4")
     plan.add_argument("--nodes", type=int, help="default: what the recipe's name ends in (_4x8: 4 nodes of 8), else 1")
     plan.add_argument("--gpus-per-node", type=int, help="default: likewise, else 8")
     plan.add_argument("--prompt-tokens", type=int, help="the longest prompt of a rollout; default: 512")
@@ -155,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--json", action="store_true", help="print JSON")
     release = command("release", "export, and mark the result if it passes every gate", _release)
     release.add_argument("checkpoint", type=Path)
-    release.add_argument("overrides", nargs="*", metavar="key=value", help="for example thresholds.exact_match=0.9")
+    _add_keys(release, "for example thresholds.exact_match=0.9")
     release.add_argument("--recipe", type=Path, help="default: the evaluation that the checkpoint was trained with")
     release.add_argument("--output", type=Path, help="default: <checkpoint>-release")
     release.add_argument("--overwrite", action="store_true", help="replace an earlier export")
@@ -171,7 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("checkpoint", type=Path, help="full, adapter or exported checkpoint")
     generate.add_argument("prompts", help="JSONL or Parquet file; or synthetic:prompts, synthetic:heldout")
     generate.add_argument("output", type=Path, help="JSONL file, a line per prompt; run again to go on with it")
-    generate.add_argument("overrides", nargs="*", metavar="key=value", help="num_samples=16 temperature=0.7, and so on")
+    _add_keys(generate, "num_samples=16 temperature=0.7, and so on")
     generate.epilog = "keys and their defaults: " + " ".join(generation_keys())
     experts = command("experts", "expert load by layer and domain, and how checkpoints differ in it", _experts)
     experts.add_argument(
@@ -200,19 +200,36 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_keys(command: argparse.ArgumentParser, example: str) -> None:
+    # Without the default argparse would say of them, too, that they are required.
+    command.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=example)
+
+
+class _Tasks(argparse.Action):
+    """`--tasks`; as `--version` does, `list` answers and ends the program, whatever else there is or is not."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if values == "list":
+            from dots_align.evals.task import task_names
+
+            print("\n".join(task_names()))
+            parser.exit()
+        setattr(namespace, self.dest, values)
+
+
 def _add_eval(evaluate: argparse.ArgumentParser) -> None:
     evaluate.add_argument(
         "target", type=Path, metavar="recipe|checkpoint", help="YAML file, or with --tasks a directory"
     )
-    evaluate.add_argument(
-        "overrides",
-        nargs="*",
-        metavar="key=value",
-        help="of a recipe, or sampling keys of tasks: max_tokens=512",
-    )
-    evaluate.add_argument(
-        "--tasks", default="", help="gsm8k,cmath and so on, or paths of .yaml files; `list` names all"
-    )
+    _add_keys(evaluate, "of a recipe, or sampling keys of tasks: max_tokens=512")
+    help_of_tasks = "gsm8k,cmath and so on, or paths of .yaml files; `list` names all"
+    evaluate.add_argument("--tasks", default="", action=_Tasks, help=help_of_tasks)
     evaluate.add_argument("--lm-eval", default="", help="tasks of lm-evaluation-harness, with its prompts and metrics")
     evaluate.add_argument("--lm-eval-tasks", type=Path, help="folder with more tasks for it")
     evaluate.add_argument("--chat", action="store_true", help="its prompts become user's turns")
@@ -292,11 +309,7 @@ def _eval_tasks(options: argparse.Namespace) -> None:
 
     setup_logging()
     from dots_align.evals.command import run
-    from dots_align.evals.task import task_names
 
-    if options.tasks == "list":
-        print("\n".join(task_names()))
-        return
     output = run(options)
     if is_main_process():
         print(output)

@@ -40,6 +40,22 @@ def test_what_is_neither_is_refused(capsys: pytest.CaptureFixture[str], words: l
     assert told in capsys.readouterr().err
 
 
+def test_tasks_are_listed_without_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["eval", "--tasks", "list"])
+    assert stopped.value.code == 0
+    assert {"gsm8k", "mmlu"} <= set(capsys.readouterr().out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("command", "missing"), [("sft", "recipe"), ("eval", "recipe|checkpoint"), ("release", "checkpoint")]
+)
+def test_only_what_is_missing_is_said_to_be(capsys: pytest.CaptureFixture[str], command: str, missing: str) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command])
+    assert capsys.readouterr().err.endswith(f"the following arguments are required: {missing}\n")
+
+
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     run = open_run_directory(
         SftRecipe(stage="sft", output_dir=str(tmp_path / "run"), data=DataSection(path="synthetic:sft"))
