@@ -27,6 +27,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dots_align.model.kept_memory import kept_empty
 from dots_align.model.native import kernels
+from dots_align.model.native.grouped import Matrices, multiply
 
 IMPLEMENTATION = "dots_align_grouped"
 # Multiplications that a CPU core could do in bf16 in the time that oneDNN takes to begin a product: 15 microseconds.
@@ -84,7 +85,8 @@ def _aligned(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class _Loop:
-    """The same products by one matrix product per expert: on CPUs.
+    """The same products by one matrix product per expert: on CPUs. In fp32 one call of MKL computes them, unless one
+    expert has so many rows that the core which gets it would be the last by far.
 
     oneDNN, which multiplies in bf16, compiles a kernel for every shape it meets, which takes longer than to multiply,
     and keeps a thousand of them. So there the number of rows of a product is rounded up to one of 8 sizes between
@@ -105,6 +107,13 @@ class _Loop:
         out, sizes = kept_empty(weight.shape, weight), counts.tolist()
         if batch := _Batch.of(counts, sizes, rows, weight):
             return out.copy_(torch.bmm(batch.padded(grad).mT, batch.padded(rows)))
+        if _even(sizes):
+            blocks, grads = Matrices.blocks(rows, sizes), Matrices.blocks(grad, sizes)
+            if multiply(grads and grads.turned, blocks, Matrices.of(out)):
+                for expert, size in enumerate(sizes):
+                    if size == 0:
+                        out[expert] = 0
+                return out
         grads = list(grad.mT.split(sizes, dim=1))
         blocks, rounded = _Loop._blocks(rows, sizes)
         for expert in rounded:  # what was taken in counts nothing here
@@ -125,6 +134,8 @@ class _Loop:
         if batch := _Batch.of(counts, sizes, rows, matrices):
             return batch.unpadded(torch.bmm(batch.padded(rows), matrices.to(rows.dtype)))
         out = rows.new_empty(len(rows), matrices.shape[2])
+        if _even(sizes) and multiply(Matrices.blocks(rows, sizes), Matrices.of(matrices), Matrices.blocks(out, sizes)):
+            return out
         blocks, _ = _Loop._blocks(rows, sizes)
         results, _ = _Loop._blocks(out, sizes)
         each: Iterable[torch.Tensor] = matrices.unbind()
@@ -147,6 +158,11 @@ class _Loop:
                     rounded.append(expert)
                 start += size
         return blocks, rounded
+
+
+def _even(sizes: list[int]) -> bool:
+    """Whether cores that take whole experts are done at about the same time."""
+    return max(sizes) * torch.get_num_threads() <= 1.5 * sum(sizes)
 
 
 def _rounded_up(size: int) -> int:
