@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -282,14 +282,20 @@ def routes_differ(routes: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     return (routes.sort(-1).values != others.sort(-1).values).any(-1)
 
 
-def flips_of(differ: torch.Tensor, gaps: torch.Tensor) -> RouteFlips:
-    """Of one sequence, from where its routes differ [n, layers] and the score gaps [at least n, layers]."""
-    layers = differ.any(0).nonzero().squeeze(-1)
-    if len(layers) == 0:
+def flips_of(differ: torch.Tensor, gaps: torch.Tensor, lengths: Sequence[int] | None = None) -> RouteFlips:
+    """From where routes differ [n, layers] and the score gaps [at least n, layers] of one sequence, or of several, one
+    after the other, of `lengths` (none 0) tokens: then flips are counted in each, and `root_gap` is the largest of all.
+    """
+    if not differ.any():
         return RouteFlips(differ.any(-1), 0, 0.0, differ)
-    affected = differ.any(-1).cumsum(0) > 0
-    roots = differ[:, layers[0]]
-    return RouteFlips(affected, int(roots.sum()), float(gaps[: len(differ), layers[0]][roots].max()), differ)
+    sizes = torch.tensor([len(differ)] if lengths is None else lengths, device=differ.device)
+    sequence = torch.repeat_interleave(sizes, output_size=len(differ))
+    counts = differ.new_zeros(len(sizes), differ.shape[1], dtype=torch.long).index_add_(0, sequence, differ.long())
+    lowest = (counts > 0).int().argmax(-1)[sequence, None]  # 0 where no layer has any
+    roots, root_gaps = (x[: len(differ)].gather(1, lowest).squeeze(1) for x in (differ, gaps))
+    seen = differ.any(-1).cumsum(0)
+    earlier = torch.cat([seen.new_zeros(1), seen[sizes.cumsum(0)[:-1] - 1]])
+    return RouteFlips(seen > earlier[sequence], int(roots.sum()), float(root_gaps[roots].max()), differ)
 
 
 class LoadMonitor:

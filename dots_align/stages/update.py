@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -347,34 +348,44 @@ class Observed:
         self.batch, self.agreement, self.mismatch = batch, Agreement(), Mismatch()
 
     def __call__(self, scores: ResponseScores, recorded: RecordedRoutes) -> None:
-        (gaps,) = recorded.gaps
-        for row, (index, differ) in enumerate(zip(scores.members, self._differ(scores, recorded), strict=True)):
-            trajectory, fed = self.batch.trajectories[index], scores.places[row][:-1]
-            flips = flips_of(differ, gaps[fed])
-            theirs = self.batch.rollout_logprobs(index).to(scores.logprobs.device)
-            own = scores.mask[row, : len(theirs)].bool()  # an environment's tokens have no log-probs
-            differences = (scores.logprobs[row, : len(theirs)].detach() - theirs)[own]
-            affected = flips.affected[len(trajectory.prompt_ids) - 1 :][own]
-            self.agreement.add(differences.abs(), affected, flips.num_roots, flips.root_gap)
-            shifted = recorded.shifted[0][fed] if recorded.shifted else differ
-            self.mismatch.add(differences, None if trajectory.routes is None else shifted)
-
-    def _differ(self, scores: ResponseScores, recorded: RecordedRoutes) -> Sequence[torch.Tensor]:
-        """Of each member [tokens fed, layers] where its routes are not the rollout's; of all at once."""
-        (routes,) = recorded.routes
+        """All members at once, their tokens one after the other: there may be hundreds."""
+        members = [self.batch.trajectories[i] for i in scores.members]
         fed = [places[:-1] for places in scores.places]
-        ours = routes[torch.cat(fed)]
-        told = [self.batch.trajectories[i].routes for i in scores.members]
+        rows, device = torch.cat(fed), scores.logprobs.device
+        (routes,), (gaps,) = recorded.routes, recorded.gaps
+        differ = self._differ(members, routes[rows])
+        flips = flips_of(differ, gaps[rows], [len(f) for f in fed])
+
+        def of_responses(of_tokens: torch.Tensor) -> torch.Tensor:
+            """From one number for each token fed to those of the states that predicted the responses."""
+            parts = of_tokens.split([n for t in members for n in (len(t.prompt_ids) - 1, len(t.response_ids))])
+            return torch.cat(parts[1::2])
+
+        sizes = torch.tensor([len(t.response_ids) for t in members], device=device)
+        is_response = torch.arange(scores.mask.shape[1], device=device) < sizes[:, None]
+        own = scores.mask[is_response].bool()  # an environment's tokens have no log-probs
+        sampled = torch.tensor([value for t in members for value in t.rollout_logprobs], device=device)
+        differences = (scores.logprobs.detach()[is_response] - sampled)[own]
+        affected = of_responses(flips.affected)[own]
+        self.agreement.add(differences.abs(), affected, flips.num_roots, flips.root_gap)
+        shifted = recorded.shifted[0][rows] if recorded.shifted else differ
+        of_each = zip(shifted.split([len(f) for f in fed]), members, strict=True)
+        told = [part for part, trajectory in of_each if trajectory.routes is not None]
+        self.mismatch.add(differences, torch.cat(told) if told else None)
+
+    @staticmethod
+    def _differ(members: Sequence[Trajectory], routes: torch.Tensor) -> torch.Tensor:
+        """[tokens fed, layers] where the routes [tokens fed, layers, k] of all members are not the rollout's."""
         # A back end that tells no routes has to answer for every difference.
-        same = ours.cpu().numpy().tobytes() if None in told else b""
-        ends = torch.tensor([len(f) for f in fed]).cumsum(0).tolist()
-        size = ours[0].numel()
+        same = routes.cpu().numpy().tobytes() if any(t.routes is None for t in members) else b""
+        sizes = [(len(t.prompt_ids) + len(t.response_ids) - 1) * routes[0].numel() for t in members]
+        ends = itertools.accumulate(sizes)
         theirs = b"".join(
-            same[(end - len(f)) * size : end * size] if t is None else t
-            for t, f, end in zip(told, fed, ends, strict=True)
+            same[end - size : end] if t.routes is None else t.routes
+            for t, size, end in zip(members, sizes, ends, strict=True)
         )
-        others = torch.frombuffer(bytearray(theirs), dtype=torch.uint8).view(ours.shape).to(ours.device)
-        return routes_differ(ours, others).split([len(f) for f in fed])
+        others = torch.frombuffer(bytearray(theirs), dtype=torch.uint8).view(routes.shape).to(routes.device)
+        return routes_differ(routes, others)
 
     def check(self, recipe: RlRecipe) -> None:
         """Stops the run, on every process, where the recipe's gate says so; collective."""

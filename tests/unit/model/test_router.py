@@ -20,6 +20,7 @@ from dots_align.model.packed import pack
 from dots_align.model.router import (
     LoadMonitor,
     find_flips,
+    flips_of,
     idle,
     keep_router_in_fp32,
     load_metrics,
@@ -340,6 +341,18 @@ def test_a_flip_affects_its_token_and_everything_after_it(routes: torch.Tensor) 
     assert flips.affected.tolist() == [False, False, True, True]
     assert flips.num_roots == 1
     assert flips.root_gap == pytest.approx(float(GAPS[2, 1]))
+
+
+def test_flips_of_several_sequences_are_those_of_each() -> None:
+    numbers, lengths = torch.Generator().manual_seed(0), [3, 1, 40, 2, 7, 30]
+    differ = torch.rand(sum(lengths), 5, generator=numbers) < 0.1
+    differ[:4] = False
+    gaps = torch.rand(differ.shape, generator=numbers)
+    each = [flips_of(d, g) for d, g in zip(differ.split(lengths), gaps.split(lengths), strict=True)]
+    together = flips_of(differ, gaps, lengths)
+    assert torch.equal(together.affected, torch.cat([flips.affected for flips in each]))
+    assert together.num_roots == sum(flips.num_roots for flips in each) >= 10
+    assert together.root_gap == max(flips.root_gap for flips in each)
 
 
 def test_only_flips_of_the_lowest_layer_are_roots(routes: torch.Tensor) -> None:
