@@ -1,7 +1,8 @@
 """Log-probabilities of given tokens, in chunks: the [tokens, vocabulary] matrix never exists as a whole.
 
 A chunk's logits live in one fp32 buffer, which backward computes again and turns into their gradient in place. From
-forward to backward only one number per token is kept.
+forward to backward only one number per token is kept; where all logits together are small they are kept instead, which
+saves a fourth of the head's products.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dots_align.model.dots1 import lm_head
 
 CHUNK_BYTES = 256 * 2**20  # of the [chunk, vocabulary] fp32 logits
 MIN_CHUNK_TOKENS = 64
+KEPT_BYTES = 32 * 2**20  # of logits that backward need not compute again
 IGNORED = -100  # stands where there is no target, as in transformers' labels
 
 
@@ -75,7 +77,9 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 
 
 class _ChunkedLogProbs(torch.autograd.Function):
-    """See `score_tokens`. Saved for backward: the inputs and the logarithm of each row's sum of exponentials."""
+    """See `score_tokens`. Saved for backward: the inputs, the logarithm of each row's sum of exponentials, and of few
+    logits their exponentials with their sums.
+    """
 
     @staticmethod
     def forward(
@@ -94,14 +98,18 @@ class _ChunkedLogProbs(torch.autograd.Function):
         entropy = torch.empty_like(picked) if with_entropy else None
         mean = torch.empty_like(picked) if with_metrics else None
         is_top1 = torch.empty_like(targets, dtype=torch.bool) if with_metrics else None
+        few = 0 < 4 * len(targets) * len(head) <= min(KEPT_BYTES, chunk_bytes)  # so there is one chunk
+        kept: tuple[torch.Tensor | None, ...] = None, None
         with torch.autocast(device, enabled=False):
             for rows, logits in _chunk_logits(hidden, head.to(dtype), temperature, chunk_bytes):
                 picked[rows] = logits.gather(-1, targets[rows, None]).squeeze(-1)
                 if mean is not None and is_top1 is not None:
                     mean[rows] = logits.mean(-1)
                     is_top1[rows] = logits.argmax(-1) == targets[rows]
-                log_sum[rows] = _log_sum(logits, None if entropy is None else entropy[rows])
-        ctx.save_for_backward(hidden, head, targets, log_sum)
+                log_sum[rows], *exponentials = _log_sum(logits, None if entropy is None else entropy[rows])
+                if few and any(ctx.needs_input_grad):
+                    kept = (*exponentials,)
+        ctx.save_for_backward(hidden, head, targets, log_sum, *kept)
         ctx.settings = dtype, temperature, chunk_bytes
         ctx.mark_non_differentiable(*(x for x in (entropy, mean, is_top1) if x is not None))
         return picked - log_sum, entropy, mean, is_top1
@@ -111,16 +119,20 @@ class _ChunkedLogProbs(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator hides the parameters' names
         ctx: Any, *grads: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        hidden, head, targets, log_sum = ctx.saved_tensors
+        hidden, head, targets, log_sum, weights, total = ctx.saved_tensors
         dtype, temperature, chunk_bytes = ctx.settings
         d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         d_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         with torch.autocast(hidden.device.type, enabled=False):
             weight = head.to(dtype)
-            for rows, logits in _chunk_logits(hidden, weight, temperature, chunk_bytes):
+            again = _chunk_logits(hidden, weight, temperature, chunk_bytes)
+            for rows, logits in again if weights is None else [(slice(None), weights)]:
                 share = (grads[0][rows] / temperature)[:, None]
                 # d(log p_target) / d(logit_j) = [j = target] - p_j
-                d_logits = logits.sub_(log_sum[rows, None]).exp_().mul_(-share)
+                if weights is None:
+                    d_logits = logits.sub_(log_sum[rows, None]).exp_().mul_(-share)
+                else:
+                    d_logits = weights * (-share / total[:, None])
                 d_logits.scatter_add_(-1, targets[rows, None], share)
                 d_logits = d_logits.to(dtype)
                 if d_hidden is not None:
@@ -130,15 +142,17 @@ class _ChunkedLogProbs(torch.autograd.Function):
         return d_hidden, None if d_head is None else d_head.to(head.dtype), None, None, None, None, None
 
 
-def _log_sum(logits: torch.Tensor, entropy: torch.Tensor | None) -> torch.Tensor:
-    """Log of each row's sum of exponentials; fills `entropy` if given, overwrites the logits."""
+def _log_sum(logits: torch.Tensor, entropy: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Log of each row's sum of exponentials, and the exponentials of the distances from its largest number, with their
+    sum. Fills `entropy` if given, overwrites the logits.
+    """
     best = logits.amax(-1)
     shifted = logits.sub_(best[:, None])
     weights = shifted.exp_() if entropy is None else shifted.exp()
     total = weights.sum(-1)
     if entropy is not None:
-        entropy.copy_(total.log() - weights.mul_(shifted).sum(-1) / total)
-    return best + total.log()
+        entropy.copy_(total.log() - shifted.mul_(weights).sum(-1) / total)
+    return best + total.log(), weights, total
 
 
 def score_tokens(

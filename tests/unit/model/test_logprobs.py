@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import Dots1ForCausalLM
 
 from dots_align.config import LoraSection, ParallelSection
+from dots_align.model import logprobs
 from dots_align.model.expert_parallel import shard_model
 from dots_align.model.logprobs import IGNORED, chunks, model_logprobs, score_tokens
 from dots_align.model.lora import add_adapter
@@ -66,6 +67,20 @@ def test_equals_log_softmax_forward_and_backward(chunk_bytes: int, temperature: 
     assert_close(found, wanted)
     for a, b in zip(torch.autograd.grad((found * weights).sum(), (hidden, head)), gradients, strict=True):
         assert_close(a, b)
+
+
+@pytest.mark.parametrize("with_entropy", [False, True])
+@pytest.mark.parametrize("kept_bytes", [0, 2**30])
+def test_logits_that_are_kept_for_backward_serve_it_twice(
+    kept_bytes: int, with_entropy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs, "KEPT_BYTES", kept_bytes)
+    hidden, head, targets = make()
+    wanted = torch.autograd.grad(plain(hidden, head, targets, 0.6).sum(), (hidden, head))
+    found = score_tokens(hidden, head, targets, 0.6, with_entropy=with_entropy).logprobs.sum()
+    for _ in range(2):
+        for a, b in zip(torch.autograd.grad(found, (hidden, head), retain_graph=True), wanted, strict=True):
+            assert_close(a, b)
 
 
 def test_statistics_are_those_of_the_full_distribution_and_have_no_gradient() -> None:
