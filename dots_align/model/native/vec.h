@@ -389,17 +389,27 @@ static INLINE F tree_sums(F* m) {
 #endif
 }
 
-static INLINE float tree_sum(F x) {
+// The same for one vector, lane by lane: `f` joins lanes 8 apart, then 4, 2, 1.
+template <class Fn>
+static INLINE float tree_of_lanes(F x, const Fn& f) {
+#if NATIVE_LANES == 16
+    typedef Native<8>::F Half;
+    typedef Native<4>::F Quad;
+    const auto v = x.v[0];
+    const Half h = f((Half)SHUFFLE(v, v, 0, 1, 2, 3, 4, 5, 6, 7), (Half)SHUFFLE(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+    const Quad q = f((Quad)SHUFFLE(h, h, 0, 1, 2, 3), (Quad)SHUFFLE(h, h, 4, 5, 6, 7));
+    return f(f(q[0], q[2]), f(q[1], q[3]));
+#else
     float a[LANES];
     store(a, x);
     for (int half = LANES / 2; half; half /= 2)
-        for (int l = 0; l < half; ++l) a[l] += a[l + half];
+        for (int l = 0; l < half; ++l) a[l] = f(a[l], a[l + half]);
     return a[0];
+#endif
+}
+static INLINE float tree_sum(F x) {
+    return tree_of_lanes(x, [](auto a, auto b) INLINE_LAMBDA { return a + b; });
 }
 static INLINE float max_of(F x) {
-    float a[LANES];
-    store(a, x);
-    for (int half = LANES / 2; half; half /= 2)
-        for (int l = 0; l < half; ++l) a[l] = a[l] > a[l + half] ? a[l] : a[l + half];
-    return a[0];
+    return tree_of_lanes(x, [](auto a, auto b) INLINE_LAMBDA { return a > b ? a : b; });
 }
