@@ -15,7 +15,8 @@ around each side's own methods, into
     logprob   forwards without gradients: of the reference, or of the policy before the update
     update    forward, backward, clipping, optimizer               other   what is left of the step
 
-All are medians over steps; the first step of each run is warm-up. Prints a table and both reward curves, then one line
+All are medians over steps; the first step of each run is warm-up. Ours tells malloc to keep what is freed; before TRL's
+turn that is undone. Prints a table and both reward curves, then one line
 `RESULT {json}` with the keys
 
     step_ratio   TRL's seconds per step over ours, the worst row
@@ -28,6 +29,7 @@ All are medians over steps; the first step of each run is warm-up. Prints a tabl
 from __future__ import annotations
 
 import argparse
+import ctypes
 import itertools
 import json
 import os
@@ -250,7 +252,17 @@ def prompts_of(task: Task, directory: Path) -> list[Prompt]:
     return [prompts[i] for _, i in PromptSampler(len(prompts), recipe.seed).draw(0, len(prompts))]
 
 
+def undo_keep_freed_memory() -> None:
+    """malloc's thresholds become what they grow to by themselves where tensors of some 32 MiB come and go."""
+    glibc = ctypes.CDLL(None)
+    if hasattr(glibc, "mallopt"):
+        glibc.mallopt(-1, 64 * 2**20)  # M_TRIM_THRESHOLD
+        glibc.mallopt(-3, 32 * 2**20)  # M_MMAP_THRESHOLD
+        glibc.malloc_trim(0)
+
+
 def run_trl(task: Task, tokenizer: PreTrainedTokenizerBase, directory: Path) -> Side:
+    undo_keep_freed_memory()
     clock, digits = Clock(), load_function(f"{task.reward}:digits", "reward")
 
     def reward(completions: list[Any], **_: Any) -> list[float | None]:

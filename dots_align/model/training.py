@@ -21,6 +21,7 @@ from dots_align.config import OptimSection
 from dots_align.model import attention
 from dots_align.model.expert_parallel import clip_grad_norm, is_sharded, no_gradient_sync, reshard
 from dots_align.model.heads import state_values
+from dots_align.model.kept_memory import keep_freed_memory
 from dots_align.model.logprobs import model_logprobs
 from dots_align.model.optimizer import load_optimizer, make_optimizer, save_optimizer
 from dots_align.model.packed import micro_batches, pack_shared
@@ -210,6 +211,8 @@ class TrainingEngine:
         offload_optimizer: bool = False,
         share_prompts: bool = True,
     ) -> None:
+        if model.device.type == "cpu":
+            keep_freed_memory()
         self.share_prompts = share_prompts and model.config._attn_implementation == attention.IMPLEMENTATION
         self.model, self.micro_batch_tokens, self.temperature = model, micro_batch_tokens, temperature
         self.max_grad_norm = optim.max_grad_norm

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import resource
+import sys
 import threading
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 from torch import nn
 
 from dots_align.model.experts import grouped_linear
-from dots_align.model.kept_memory import SMALLEST, kept_empty
+from dots_align.model.kept_memory import SMALLEST, keep_freed_memory, kept_empty
 
 # Sizes that no other test uses, so that nothing of theirs is free here.
 ROWS, WIDTH = 3, SMALLEST // 4
@@ -94,3 +97,17 @@ def test_weight_gradients_live_in_kept_memory() -> None:
         weight.grad = None
     del doubled
     assert places <= {place(grad) for grad in step()} | {place(kept_empty((2, 512, 513), rows))}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is Linux's")
+def test_malloc_takes_pages_only_once() -> None:
+    keep_freed_memory()
+    sizes = [2**20 + 1024 * i for i in range(20)]  # floats, so 4 MiB each and a little more
+    faults = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        tensors = [torch.ones(size) for size in sizes]
+        faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+        del tensors
+        gc.collect()
+    assert faults[2] < sum(sizes) / 1024 / 20
