@@ -360,6 +360,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
         dist.all_reduce(total)
     norm = total.sqrt()
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    if parts:
+    # Times 1 is a pass over all gradients for nothing; of a GPU, to ask would be to wait.
+    if parts and not (total.is_cpu and factor == 1.0):
         torch._foreach_mul_(parts, factor)
     return norm

@@ -82,7 +82,8 @@ def _attention(
         or int(bounds.diff().max()) > LONGEST
     ):
         return _plain(module, hidden_states, position_embeddings, attention_mask, past_key_values, **options)
-    q, k, v = (project(hidden_states)[0] for project in (module.q_proj, module.k_proj, module.v_proj))
+    # Not [0]: the backward of a choice fills a tensor with zeros first.
+    q, k, v = (project(hidden_states).squeeze(0) for project in (module.q_proj, module.k_proj, module.v_proj))
     trees = kernels.Trees.of(bounds, options.get("prefix_segments"))
     rotation = [x[0] for x in position_embeddings]
     eps = module.q_norm.variance_epsilon
