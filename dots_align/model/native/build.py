@@ -131,8 +131,8 @@ def _library_path(source: Path, purpose: str) -> Path:
 
 
 @functools.cache
-def _load(source: Path, purpose: str, switch: str | None, compiler: str | None, cache: str) -> ctypes.CDLL | str:
-    """The library, or why there is none. Once for each setting of the environment, so that nothing is logged twice."""
+def _load(source: Path, purpose: str, environment: tuple[str | None, ...]) -> ctypes.CDLL | str:
+    """The library, or why there is none. Once for each environment, so that nothing is logged twice."""
     try:
         return ctypes.CDLL(str(_library_path(source, purpose)))
     except (Unavailable, OSError) as error:
@@ -149,7 +149,8 @@ def load(source: Path, purpose: str) -> ctypes.CDLL:
     Raises:
         Unavailable: there is none; the message says why.
     """
-    loaded = _load(source, purpose, os.environ.get(SWITCH), os.environ.get("CXX"), str(cache_directory()))
+    # Asked for some hundred times a step: to make paths would take longer than many a kernel.
+    loaded = _load(source, purpose, tuple(map(os.environ.get, (SWITCH, "CXX", "XDG_CACHE_HOME", "HOME"))))
     if isinstance(loaded, str):
         raise Unavailable(loaded)
     return loaded

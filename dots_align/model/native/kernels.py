@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 from dots_align.model.native import build
 from dots_align.model.packed import NO_PREFIX
 
+_SOURCE = Path(__file__).parent / "kernels.cpp"
 LANES = 16
 NORM_ROWS = 128  # as in kernels.cpp
 
@@ -70,7 +71,7 @@ def _functions(library: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def _library() -> ctypes.CDLL:
-    return _functions(build.load(Path(__file__).parent / "kernels.cpp", "training kernels"))
+    return _functions(build.load(_SOURCE, "training kernels"))
 
 
 def available() -> bool:
