@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PATIENCE_SECONDS = 600
+PATIENCE_SECONDS = 1800
 # All that a process of ours imports in its life. None of it starts a thread, so that forking is safe.
 PRELOAD = [
     "datasets",

@@ -22,7 +22,7 @@ from dots_align.types import Response
 
 GRACE_SECONDS = 5.0
 START_SECONDS = 120.0  # a reward function's module may import much
-EXIT_SECONDS = 1.0  # between closing its connection and being gone
+EXIT_SECONDS = 10.0  # between closing its connection and being gone; on a busy machine an interpreter takes long to end
 NOT_READY = "NotReady"
 CLOSED = Failure("Closed", "the scoring processes were ended")
 Keep = Callable[[int, float | Failure], Any]

@@ -14,7 +14,7 @@ from typing import Any
 import forked
 import torch.distributed as dist
 
-TIMEOUT_SECONDS = 900
+TIMEOUT_SECONDS = 1800
 
 
 def free_port() -> int:

