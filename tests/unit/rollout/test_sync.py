@@ -221,7 +221,7 @@ def test_a_tensor_that_cannot_be_sent_is_told_and_nobody_waits_for_it(
     lost = WeightStream((name, tensor.to("meta")) for name, tensor in stream(model, declared))
 
     def channel(rank: int) -> Channel:
-        return Channel(dist.ProcessGroupGloo(store, rank, 2, timedelta(seconds=60)), rank, 2, cpu)
+        return Channel(dist.ProcessGroupGloo(store, rank, 2, timedelta(minutes=5)), rank, 2, cpu)
 
     with ThreadPoolExecutor(2) as threads:
         sent = threads.submit(lambda: send_weights(model, channel(0), declared, lost))

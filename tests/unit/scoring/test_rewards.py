@@ -381,7 +381,7 @@ def test_a_machine_that_starts_no_more_processes_costs_rewards_and_not_the_run(
     with monkeypatch.context() as patch, ThreadPoolExecutor(1) as thread, caplog.at_level(logging.ERROR, "dots_align"):
         patch.setattr("dots_align.scoring.pool.sys.executable", python)
         patch.setattr("dots_align.scoring.pool.subprocess.Popen", started)
-        assert thread.submit(made.score, [response()] * 3).result(60) == [(0.0, {function: 0.0})] * 3
+        assert thread.submit(made.score, [response()] * 3).result(300) == [(0.0, {function: 0.0})] * 3
     assert told in caplog.text
     assert made.score([response()]) == [(1.0, {function: 1.0})]
 

@@ -97,7 +97,7 @@ def test_the_trainer_ends_with_its_launcher_even_if_that_is_killed(tmp_path: Pat
 
 
 def _wait_for(condition: Any) -> None:
-    until = time.monotonic() + 30
+    until = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
