@@ -139,7 +139,10 @@ def _copy_weights(source: Path, staging: Path, max_shard_bytes: int, merged: Mer
         tensors = dict(_read(members, merged))
         weight_map |= dict.fromkeys(tensors, name)
         total += sum(t.nbytes for t in tensors.values())
-        save_file(tensors, staging / name, metadata={"format": "pt"})
+        try:
+            save_file(tensors, staging / name, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise ValueError(f"{name}: cannot be written: {error}") from None
     if len(shards) > 1:
         write_json(staging / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from dots_align.config import OptimSection
 from dots_align.model.experts import local
-from dots_align.runtime import is_main_process, world_size
+from dots_align.runtime import is_main_process, rank, world_size
 
 STATE_TENSORS, STATE = "optimizer_state", "optimizer_state.json"
 MAX_FILE_BYTES = 1 << 30
@@ -139,6 +141,20 @@ def _files(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     return number_of
 
 
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """What torch's distributed checkpoints warn of is meant, and what goes wrong in them (a disk that is full, Ctrl-C)
+    is raised as what it is: they put it into an exception that is no `Exception`, so no handler sees it.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        except CheckpointException as error:
+            own = error.failures.get(rank()) or next(iter(error.failures.values()))
+            raise own[0] from None
+
+
 def save_optimizer(optimizer: ShardedAdamW, names: Mapping[str, torch.Tensor], directory: Path) -> None:
     """Writes the state of the trained parameters, every rank its part, as safetensors; collective.
 
@@ -147,8 +163,7 @@ def save_optimizer(optimizer: ShardedAdamW, names: Mapping[str, torch.Tensor], d
     """
     tensors = _state_tensors(optimizer, names)
     writer = HuggingFaceStorageWriter(str(directory / STATE_TENSORS), _files(tensors), save_distributed=True)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _plain_errors():
         dcp.save(tensors, storage_writer=writer, no_dist=world_size() == 1)
     if is_main_process():
         steps = {name: int(optimizer.state_of(parameter)["step"]) for name, parameter in names.items()}
@@ -165,8 +180,7 @@ def load_optimizer(optimizer: ShardedAdamW, names: Mapping[str, torch.Tensor], d
     if steps.keys() != names.keys():
         odd = sorted(steps.keys() ^ names.keys())
         raise ValueError(f"{directory}: the optimizer state is of other parameters; {odd[0]} is not in both")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with _plain_errors():
         dcp.load(
             _state_tensors(optimizer, names),
             storage_reader=HuggingFaceStorageReader(str(directory / STATE_TENSORS)),

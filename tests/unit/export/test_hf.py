@@ -72,6 +72,14 @@ def test_large_weights_are_split_and_whole(checkpoint: Path, tmp_path: Path) -> 
     assert load_file(again / "model.safetensors").keys() == merged.keys()
 
 
+def test_what_cannot_be_written_is_not_said_to_be_unreadable(
+    checkpoint: Path, tmp_path: Path, small_files: None
+) -> None:
+    with pytest.raises(ValueError, match=r"^model\.safetensors: cannot be written: .*File too large"):
+        export_hf(checkpoint, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_config_has_what_other_readers_need(exported: Path) -> None:
     config = read(exported / "config.json")
     expected = {

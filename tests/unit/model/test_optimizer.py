@@ -90,3 +90,12 @@ def test_the_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
     save_optimizer(optimizer, {"a": trained[0], "b": trained[1]}, tmp_path)
     with pytest.raises(ValueError, match=r"optimizer state is of other parameters; (b|c) is not in both"):
         load_optimizer(optimizer, {"a": trained[0], "c": trained[1]}, tmp_path)
+
+
+def test_a_disk_that_takes_no_more_is_an_os_error(tmp_path: Path, small_files: None) -> None:
+    """torch alone raises what is no `Exception`."""
+    trained = [nn.Parameter(torch.ones(4000))]
+    optimizer = ShardedAdamW(trained, **KEYS)
+    take_steps(optimizer, trained, 1)
+    with pytest.raises(OSError, match="File too large"):
+        save_optimizer(optimizer, {"a": trained[0]}, tmp_path)
