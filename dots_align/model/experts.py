@@ -334,7 +334,7 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (places,) = ctx.saved_tensors
-        if kernels.can_collect(grad):
+        if kernels.can_collect(None, grad):
             return kernels.collect(grad, places, None).to(ctx.dtype), None, None, None
         total = torch.zeros(places.shape[1], grad.shape[1], dtype=_wide(grad), device=grad.device)
         for rows in places:
@@ -356,7 +356,7 @@ class _Combine(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.out_dtype = out.dtype
         ctx.save_for_backward(out if ctx.needs_input_grad[1] else None, weights, order, places)
-        if kernels.can_collect(out, weights):
+        if kernels.can_collect(weights, out):
             return kernels.collect(out, places, weights).to(dtype)
         total = torch.zeros(len(weights), out.shape[1], dtype=_wide(out, weights), device=out.device)
         for rows, weight in zip(places, weights.t(), strict=True):
@@ -367,7 +367,7 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
         out, weights, order, places = ctx.saved_tensors
-        if out is not None and kernels.can_collect(out, grad, weights):
+        if out is not None and kernels.can_collect(weights, out, grad):
             out_grad, weights_grad = kernels.collect_backward(grad, out, places, weights)
             return out_grad if ctx.needs_input_grad[0] else None, weights_grad, None, None, None
         num_rows, wide = len(order), _wide(grad, weights)

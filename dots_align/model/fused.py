@@ -40,13 +40,9 @@ def _plain(module: Any, *arguments: Any, **options: Any) -> Any:
     return type(module).forward(module, *arguments, **options)
 
 
-_COMPUTED = (torch.float32, torch.bfloat16)
-
-
 def _norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     weight, width = module.weight, hidden_states.shape[-1]
-    fits = kernels.fits(weight) and kernels.fits(hidden_states, dtypes=_COMPUTED)
-    if not fits or width % kernels.LANES or weight.shape != (width,):
+    if not kernels.fits(weight, hidden_states) or width % kernels.LANES or weight.shape != (width,):
         return _plain(module, hidden_states)
     return kernels.norm(hidden_states, weight, module.variance_epsilon)
 
@@ -77,8 +73,7 @@ def _attention(
         or (module.training and module.attention_dropout)
         or dim % (2 * kernels.LANES)
         or not (q_weight.shape == k_weight.shape == (dim,))  # what gathers weights does so for their own module's call
-        or not kernels.fits(q_weight, k_weight)
-        or not kernels.fits(hidden_states, *position_embeddings, dtypes=_COMPUTED)
+        or not kernels.fits(q_weight, k_weight, hidden_states, *position_embeddings)
         or int(bounds.diff().max()) > LONGEST
     ):
         return _plain(module, hidden_states, position_embeddings, attention_mask, past_key_values, **options)

@@ -1,6 +1,6 @@
 """The native kernels as autograd functions: RMSNorm, SwiGLU, and attention with all between it and its projections.
 
-They compute in fp32. What is kept for backward has the dtype of the inputs.
+They compute in fp32, on fp32 or bf16. What is kept for backward has the dtype of the inputs.
 """
 
 # once_differentiable hides the names of backward's parameters:
@@ -24,7 +24,8 @@ from dots_align.model.packed import NO_PREFIX
 
 _SOURCE = Path(__file__).parent / "kernels.cpp"
 LANES = 16
-NORM_ROWS = 128  # as in kernels.cpp
+UNIT_ROWS = 128  # as in kernels.cpp
+DTYPES = (torch.float32, torch.bfloat16)
 
 _Pointer, _Long, _Int, _Float = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
 
@@ -58,12 +59,12 @@ def _functions(library: ctypes.CDLL) -> ctypes.CDLL:
     pointer, number = _Pointer, _Long
     for name, kinds in {
         "dots_attention": (pointer, pointer, pointer, _Int),
-        "dots_norm": (pointer, pointer, number, number, _Float, _Int, pointer, pointer, pointer),
-        "dots_norm_backward": (*[pointer] * 4, number, number, _Int, *[pointer] * 3),
-        "dots_swiglu": (pointer, pointer, number, number, number, pointer, pointer),
-        "dots_swiglu_backward": (*[pointer] * 3, number, number, number, *[pointer] * 3),
-        "dots_collect": (*[pointer] * 3, number, number, number, pointer, pointer),
-        "dots_collect_backward": (*[pointer] * 4, number, number, number, *[pointer] * 3),
+        "dots_norm": (pointer, pointer, number, number, _Float, _Int, _Int, pointer, pointer, pointer),
+        "dots_norm_backward": (*[pointer] * 4, number, number, _Int, _Int, *[pointer] * 3),
+        "dots_swiglu": (pointer, pointer, number, number, number, _Int, pointer, pointer),
+        "dots_swiglu_backward": (*[pointer] * 3, number, number, number, _Int, *[pointer] * 3),
+        "dots_collect": (*[pointer] * 3, number, number, number, _Int, pointer, pointer),
+        "dots_collect_backward": (*[pointer] * 4, number, number, number, _Int, *[pointer] * 3),
     }.items():
         function = getattr(library, name)
         function.argtypes, function.restype = kinds, None
@@ -83,7 +84,7 @@ def available() -> bool:
     return True
 
 
-def fits(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,)) -> bool:
+def fits(*tensors: torch.Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> bool:
     """Whether the kernels can read them: whole tensors on a CPU, of one of the dtypes."""
     whole = all(type(x) in (torch.Tensor, nn.Parameter) and x.device.type == "cpu" for x in tensors)
     return whole and all(x.dtype in dtypes for x in tensors) and available()
@@ -97,8 +98,12 @@ def _fp32(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.float().contiguous()
 
 
+def _is_bf16(tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.bfloat16
+
+
 def _units(rows: int) -> int:
-    return -(-rows // NORM_ROWS)
+    return -(-rows // UNIT_ROWS)
 
 
 # ---------------------------------------------------------------------------------------------------------- RMSNorm
@@ -107,12 +112,11 @@ def _units(rows: int) -> int:
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        source, width = _fp32(x), x.shape[-1]
-        out, scales = torch.empty_like(source), source.new_empty(source.numel() // width)
-        pointers = (t.data_ptr() for t in (source, weight))
-        _library().dots_norm(
-            *pointers, len(scales), width, eps, x.dtype != torch.float32, out.data_ptr(), scales.data_ptr(), _openmp()
-        )
+        x, factors, width = x.contiguous(), _fp32(weight), x.shape[-1]
+        out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
+        scales = factors.new_empty(x.numel() // width)
+        shape = len(scales), width, eps, _is_bf16(x), _is_bf16(out)
+        _library().dots_norm(x.data_ptr(), factors.data_ptr(), *shape, out.data_ptr(), scales.data_ptr(), _openmp())
         ctx.save_for_backward(x, weight, scales)
         return out
 
@@ -120,12 +124,12 @@ class _Norm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, scales = ctx.saved_tensors
-        grad, source, width = _fp32(grad), _fp32(x), x.shape[-1]
-        x_grad, weight_grads = torch.empty_like(source), source.new_empty(_units(len(scales)), width)
-        pointers = (t.data_ptr() for t in (grad, source, weight, scales))
+        grad, factors, width = grad.contiguous(), _fp32(weight), x.shape[-1]
+        x_grad, weight_grads = torch.empty_like(x), factors.new_empty(_units(len(scales)), width)
+        pointers = (t.data_ptr() for t in (grad, x, factors, scales))
         results = x_grad.data_ptr(), weight_grads.data_ptr()
-        _library().dots_norm_backward(*pointers, len(scales), width, x.dtype != torch.float32, *results, _openmp())
-        return x_grad.to(x.dtype), weight_grads.sum(0), None
+        _library().dots_norm_backward(*pointers, len(scales), width, _is_bf16(x), _is_bf16(grad), *results, _openmp())
+        return x_grad, weight_grads.sum(0).to(weight.dtype), None
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -133,10 +137,10 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     weight is applied.
 
     Args:
-        x: [..., width] fp32 or bf16. weight: [width] fp32.
+        x: [..., width]. weight: [width].
 
     Returns:
-        [..., width] fp32
+        [..., width] in the wider of their dtypes
     """
     return _Norm.apply(x, weight, eps)
 
@@ -146,13 +150,15 @@ def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def can_gate(*tensors: torch.Tensor) -> bool:
     """Whether `gate` and `gate_backward` take them."""
-    return fits(*tensors) and all(x.shape[-1] % LANES == 0 and x.stride(-1) == 1 for x in tensors)
+    alike = all(x.shape[-1] % LANES == 0 and x.stride(-1) == 1 and x.dtype == tensors[0].dtype for x in tensors)
+    return alike and fits(*tensors)
 
 
 def gate(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, all [..., width] fp32, width a multiple of 16; rows equally far apart in both."""
+    """silu(gate) * up, all [..., width], width a multiple of 16; rows equally far apart in both."""
     out = gate.new_empty(gate.shape)
-    _library().dots_swiglu(gate.data_ptr(), up.data_ptr(), *_rows(gate), out.data_ptr(), _openmp())
+    pointers = gate.data_ptr(), up.data_ptr()
+    _library().dots_swiglu(*pointers, *_rows(gate), _is_bf16(gate), out.data_ptr(), _openmp())
     return out
 
 
@@ -161,7 +167,8 @@ def gate_backward(
 ) -> None:
     """Fills the gradients of the two, whose rows are as far apart as theirs; `grad` has no gaps."""
     pointers = (t.data_ptr() for t in (grad, gate, up))
-    _library().dots_swiglu_backward(*pointers, *_rows(gate), gate_grad.data_ptr(), up_grad.data_ptr(), _openmp())
+    results = gate_grad.data_ptr(), up_grad.data_ptr()
+    _library().dots_swiglu_backward(*pointers, *_rows(gate), _is_bf16(gate), *results, _openmp())
 
 
 def _rows(matrix: torch.Tensor) -> tuple[int, int, int]:
@@ -193,25 +200,26 @@ def swiglu(of_gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 # ------------------------------------------------------------------------------------------- rows of tokens' choices
 
 
-def can_collect(*tensors: torch.Tensor) -> bool:
-    """Whether `collect` and `collect_backward` take them, rows first."""
-    return fits(*tensors) and tensors[0].shape[-1] % LANES == 0
+def can_collect(weights: torch.Tensor | None, *rows: torch.Tensor) -> bool:
+    """Whether `collect` and `collect_backward` take them."""
+    alike = all(x.shape[-1] % LANES == 0 and x.dtype == rows[0].dtype for x in rows)
+    return alike and fits(*rows) and (weights is None or fits(weights, dtypes=(torch.float32,)))
 
 
 def collect(x: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """The sum of rows `places[j, t]` of x, over j in order, times `weights[t, j]` if there are any.
 
     Args:
-        x: [M, width] fp32. places: [K, T] int64. weights: [T, K] fp32.
+        x: [M, width]. places: [K, T] int64. weights: [T, K] fp32.
 
     Returns:
-        [T, width]
+        [T, width] fp32
     """
     (choices, tokens), width = places.shape, x.shape[1]
     x, weights = x.contiguous(), None if weights is None else weights.contiguous()
-    out = x.new_empty(tokens, width)
+    out = x.new_empty(tokens, width, dtype=torch.float32)
     pointers = x.data_ptr(), places.data_ptr(), None if weights is None else weights.data_ptr()
-    _library().dots_collect(*pointers, tokens, choices, width, out.data_ptr(), _openmp())
+    _library().dots_collect(*pointers, tokens, choices, width, _is_bf16(x), out.data_ptr(), _openmp())
     return out
 
 
@@ -224,7 +232,7 @@ def collect_backward(
     x_grad, weight_grads = torch.empty_like(x), torch.empty_like(weights)
     pointers = (t.data_ptr() for t in (grad, x, places, weights))
     results = x_grad.data_ptr(), weight_grads.data_ptr()
-    _library().dots_collect_backward(*pointers, tokens, choices, width, *results, _openmp())
+    _library().dots_collect_backward(*pointers, tokens, choices, width, _is_bf16(x), *results, _openmp())
     return x_grad, weight_grads
 
 
@@ -269,7 +277,7 @@ class _Attention(torch.autograd.Function):
         tokens, dim = q.shape[0], len(q_weight)
         cosines, sines = (_fp32(x) for x in rotation)
         ctx.shape = trees, q.shape[1] // dim, k.shape[1] // dim, dim, q.dtype != torch.float32, scaling, eps
-        inputs = *(_fp32(x) for x in (q, k, v)), q_weight, k_weight, cosines, sines
+        inputs = *(_fp32(x) for x in (q, k, v, q_weight, k_weight)), cosines, sines
         out, log_sums = torch.empty_like(inputs[0]), cosines.new_empty(tokens, q.shape[1] // dim)
         _run(ctx.shape, (*inputs, out, log_sums), backward=False)
         out = out.to(v.dtype)
@@ -285,8 +293,8 @@ class _Attention(torch.autograd.Function):
         grads = [torch.empty_like(x) for x in inputs[:3]]
         weight_grads = inputs[0].new_empty((len(trees.offsets) - 1) * kv_heads, 2, dim)
         _run(ctx.shape, (*inputs, _fp32(grad), *grads, weight_grads), backward=True)
-        of_weights = weight_grads.sum(0).unbind()
-        return *(g.to(x.dtype) for g, x in zip(grads, saved, strict=False)), *of_weights, None, None, None, None
+        grads += weight_grads.sum(0).unbind()
+        return *(g.to(x.dtype) for g, x in zip(grads, saved, strict=False)), None, None, None, None
 
 
 def _run(shape: tuple[Any, ...], tensors: Sequence[torch.Tensor], backward: bool) -> None:
@@ -311,8 +319,8 @@ def attention(
     """RMSNorm of each head's query and key, rotation by their positions, causal attention.
 
     Args:
-        q: [N, heads * D], k, v: [N, kv_heads * D], the projections of packed tokens, fp32 or bf16; D a multiple of 32.
-        q_weight, k_weight: [D] fp32, of the norms. rotation: cosines and sines [N, D].
+        q: [N, heads * D], k, v: [N, kv_heads * D], the projections of packed tokens; D a multiple of 32.
+        q_weight, k_weight: [D], of the norms. rotation: cosines and sines [N, D].
         trees: of the packed segments. scaling: factor of the scores. eps: of the norms.
 
     Returns:

@@ -10,19 +10,22 @@ static INLINE F normalised(F x, float scale, bool rounded) {
     return rounded ? round_bf16(found) : found;
 }
 
-static float inverse_rms(const float* x, int width, float eps) {
+template <class X>
+static float inverse_rms(const X* x, int width, float eps) {
     F squares = set1(0.f);
     for (int i = 0; i < width; i += LANES) squares = fma(load(x + i), load(x + i), squares);
     return 1.f / std::sqrt(tree_sum(squares) / width + eps);
 }
 
-static void norm_row(const float* x, const float* weight, int width, float scale, bool rounded, float* y) {
+template <class X, class Y>
+static void norm_row(const X* x, const float* weight, int width, float scale, bool rounded, Y* y) {
     for (int i = 0; i < width; i += LANES) store(y + i, load(weight + i) * normalised(load(x + i), scale, rounded));
 }
 
 // From the gradient of y to that of x, which may be the same place; adds to that of the weight.
-static void norm_row_backward(const float* grad, const float* x, const float* weight, int width, float scale,
-                              bool rounded, float* x_grad, float* weight_grad) {
+template <class Y, class X>
+static void norm_row_backward(const Y* grad, const X* x, const float* weight, int width, float scale, bool rounded,
+                              X* x_grad, float* weight_grad) {
     F dots = set1(0.f);
     for (int i = 0; i < width; i += LANES) dots = fma(load(grad + i) * load(weight + i), load(x + i), dots);
     const F pull = set1(tree_sum(dots) * scale * scale / width);  // times x: the part along the normalised row

@@ -197,6 +197,25 @@ INLINE float to_float(bf16 x) {
     return f;
 }
 INLINE float to_float(float x) { return x; }
+// Sixteen of them as fp32, and back (rounded).
+INLINE F load(const bf16* p) {
+    F r;
+    for (int i = 0; i < F::C; ++i) {
+        typedef uint16_t Bits __attribute__((vector_size(2 * F::W)));
+        Bits bits;
+        memcpy(&bits, p + i * F::W, sizeof bits);
+        r.v[i] = (F::V)(__builtin_convertvector(bits, I::V) << 16);
+    }
+    return r;
+}
+INLINE void store(bf16* p, F x) {
+    x = round_bf16(x);
+    for (int i = 0; i < F::C; ++i) {
+        typedef uint16_t Bits __attribute__((vector_size(2 * F::W)));
+        const Bits bits = __builtin_convertvector((I::V)x.v[i] >> 16, Bits);
+        memcpy(p + i * F::W, &bits, sizeof bits);
+    }
+}
 
 // What differs between the two precisions. A *step* is what a panel holds of one token in 32 bits: one fp32, or a pair
 // of bf16.

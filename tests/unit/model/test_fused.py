@@ -105,53 +105,71 @@ def test_under_autocast_they_are_as_close_to_exact_ones() -> None:
         assert theirs < 1.3 * own + 1e-3, name
 
 
+def test_in_bf16_they_are_as_close_to_exact_ones() -> None:
+    plain, fused = pair(torch.bfloat16)
+    batch = shared_batch()
+    exact, exact_grads = outcome(copy.deepcopy(plain).float(), batch)
+    (states, grads), (others, their_grads) = outcome(plain, batch), outcome(fused, batch)
+    assert others.dtype == states.dtype == torch.bfloat16
+    assert (others - exact).abs().mean() < 1.1 * (states - exact).abs().mean() < 0.1
+    for name, grad in exact_grads.items():
+        theirs, own = (float((g[name].float() - grad).norm() / grad.norm()) for g in (their_grads, grads))
+        assert their_grads[name].dtype == torch.bfloat16
+        assert theirs < 1.3 * own + 1e-3, name
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_norm_rounds_where_transformers_does(dtype: torch.dtype) -> None:
-    plain, fused = (model.model.norm for model in pair())
+def test_the_norm_rounds_where_transformers_does(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+    plain, fused = (model.model.norm for model in pair(weight_dtype))
     x = (torch.randn(300, 128, generator=NUMBERS) * 3).to(dtype).requires_grad_()
     found, wanted = fused(x), plain(x)
-    assert found.dtype == wanted.dtype == torch.float32
+    assert found.dtype == wanted.dtype == torch.promote_types(dtype, weight_dtype)
     different = (found - wanted).abs() > 1e-6 * wanted.abs() + 1e-6
     assert different.float().mean() < 0.002  # where a number lies on the edge between two in bf16
-    grad = torch.randn(300, 128, generator=NUMBERS)
-    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    grad = torch.randn(300, 128, generator=NUMBERS).to(found.dtype)
+    tolerance = 1e-5 if dtype == weight_dtype == torch.float32 else 2e-2
     theirs, own = (torch.autograd.grad(y, (x, m.weight), grad) for y, m in ((found, fused), (wanted, plain)))
     for a, b in zip(theirs, own, strict=True):
         torch.testing.assert_close(a, b, atol=tolerance * float(b.abs().max()), rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 300])
-def test_swiglu_of_halves_and_of_matrices(rows: int) -> None:
-    hidden = torch.randn(rows, 96, generator=NUMBERS, dtype=torch.float64) * 4
-    grad = torch.randn(rows, 48, generator=NUMBERS)
-    exact = hidden.clone().requires_grad_()
+def test_swiglu_of_halves_and_of_matrices(rows: int, dtype: torch.dtype) -> None:
+    halves = (torch.randn(rows, 96, generator=NUMBERS) * 4).to(dtype).requires_grad_()
+    grad = torch.randn(rows, 48, generator=NUMBERS).to(dtype)
+    exact = halves.detach().double().requires_grad_()
     gate, up = exact.chunk(2, -1)
     wanted = F.silu(gate) * up
     (wanted_grad,) = torch.autograd.grad(wanted, exact, grad.double())
-    halves = hidden.float().requires_grad_()
+    close = {"atol": 1e-5, "rtol": 1e-6 if dtype == torch.float32 else 2**-8}  # half a step of bf16's
     for swiglu in (_SwiGLU.apply, lambda x: kernels.swiglu(*x.chunk(2, -1))):
         found = swiglu(halves)
-        torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=1e-6)
-        torch.testing.assert_close(
-            torch.autograd.grad(found, halves, grad)[0].double(), wanted_grad, atol=1e-5, rtol=1e-6
-        )
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), wanted, **close)
+        torch.testing.assert_close(torch.autograd.grad(found, halves, grad)[0].double(), wanted_grad, **close)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [0, 1, 300])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_rows_are_collected_by_their_places(tokens: int, weighted: bool) -> None:
-    x = torch.randn(3 * tokens, 48, generator=NUMBERS, dtype=torch.float64).requires_grad_()
+def test_rows_are_collected_by_their_places(tokens: int, weighted: bool, dtype: torch.dtype) -> None:
+    rows = torch.randn(3 * tokens, 48, generator=NUMBERS).to(dtype)
+    x = rows.double().requires_grad_()
     weights = torch.rand(tokens, 3, generator=NUMBERS, dtype=torch.float64).requires_grad_()
     places = torch.randperm(3 * tokens, generator=NUMBERS).view(3, tokens)
     wanted = (x[places] * (weights.t().unsqueeze(-1) if weighted else 1)).sum(0)
-    single = x.detach().float(), places, weights.detach().float()
+    single = rows, places, weights.detach().float()
     found = kernels.collect(*single[:2], single[2] if weighted else None)
     torch.testing.assert_close(found.double(), wanted, atol=1e-5, rtol=0)
     if weighted:
-        grad = torch.randn(tokens, 48, generator=NUMBERS)
+        grad = torch.randn(tokens, 48, generator=NUMBERS).to(dtype)
         grads = kernels.collect_backward(grad, *single)
+        assert [g.dtype for g in grads] == [dtype, torch.float32]
+        rounding = 0 if dtype == torch.float32 else 2**-8
         for theirs, own in zip(grads, torch.autograd.grad(wanted, (x, weights), grad.double()), strict=True):
-            torch.testing.assert_close(theirs.double(), own, atol=1e-5, rtol=0)
+            torch.testing.assert_close(theirs.double(), own, atol=1e-5, rtol=rounding)
 
 
 def test_threads_change_no_bit() -> None:
@@ -171,7 +189,7 @@ def test_threads_change_no_bit() -> None:
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
-@pytest.mark.parametrize("case", ["long", "switched off", "bf16 weights"])
+@pytest.mark.parametrize("case", ["long", "switched off", "fp64"])
 def test_what_they_do_not_know_is_transformers_own(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     batch, dtype = shared_batch(), torch.float32
     if case == "long":
@@ -180,7 +198,7 @@ def test_what_they_do_not_know_is_transformers_own(case: str, monkeypatch: pytes
     elif case == "switched off":
         monkeypatch.setenv("DOTS_ALIGN_NATIVE", "0")
     else:
-        dtype = torch.bfloat16
+        dtype = torch.float64
     plain, fused = pair(dtype)
     states, others = (outcome(model, batch)[0] for model in (plain, fused))
     if case == "long":
