@@ -27,7 +27,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from dots_align.model.kept_memory import kept_empty
 from dots_align.model.native import kernels
-from dots_align.model.native.grouped import Matrices, multiply
+from dots_align.model.native.grouped import Matrices, multiply, multiply_rows
 
 IMPLEMENTATION = "dots_align_grouped"
 # Multiplications that a CPU core could do in bf16 in the time that oneDNN takes to begin a product: 15 microseconds.
@@ -85,8 +85,8 @@ def _aligned(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class _Loop:
-    """The same products by one matrix product per expert: on CPUs. In fp32 one call of MKL computes them, unless one
-    expert has so many rows that the core which gets it would be the last by far.
+    """The same products by one matrix product per expert: on CPUs. In fp32 one call of MKL computes them; not
+    weights' gradients, which cannot be cut, where an expert has so many rows that its core would be the last by far.
 
     oneDNN, which multiplies in bf16, compiles a kernel for every shape it meets, which takes longer than to multiply,
     and keeps a thousand of them. So there the number of rows of a product is rounded up to one of 8 sizes between
@@ -134,7 +134,7 @@ class _Loop:
         if batch := _Batch.of(counts, sizes, rows, matrices):
             return batch.unpadded(torch.bmm(batch.padded(rows), matrices.to(rows.dtype)))
         out = rows.new_empty(len(rows), matrices.shape[2])
-        if _even(sizes) and multiply(Matrices.blocks(rows, sizes), Matrices.of(matrices), Matrices.blocks(out, sizes)):
+        if multiply_rows(rows, sizes, matrices, out):
             return out
         blocks, _ = _Loop._blocks(rows, sizes)
         results, _ = _Loop._blocks(out, sizes)

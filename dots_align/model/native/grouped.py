@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 
 from dots_align.model.native import build
 
+_PARTS, _FEWEST = 16, 128  # of all rows for each core; rows of a part
 _ROW_MAJOR, _PLAIN, _TRANSPOSED = 101, 111, 112  # of CBLAS
 
 
@@ -113,3 +114,20 @@ def multiply(left: Matrices | None, right: Matrices | None, out: Matrices | None
     if number:
         _batch()(_ROW_MAJOR, *arguments, number, sizes)
     return True
+
+
+def multiply_rows(rows: torch.Tensor, sizes: list[int], weight: torch.Tensor, out: torch.Tensor) -> bool:
+    """Block e of `rows` [M, N] times `weight[e]` [N, N'] into that of `out` [M, N']; as `multiply`.
+
+    Long blocks are cut, so that cores have about as much to do.
+    """
+    matrices, most = Matrices.of(weight), max(_FEWEST, sum(sizes) // (_PARTS * torch.get_num_threads()) + 1)
+    if matrices is None:
+        return False
+    counts = np.array(sizes)
+    cuts = np.maximum(-(-counts // most), 1)
+    expert = np.repeat(np.arange(len(sizes)), cuts)
+    number = np.arange(len(expert)) - np.repeat(cuts.cumsum() - cuts, cuts)
+    pieces = ((number + 1) * counts[expert] // cuts[expert] - number * counts[expert] // cuts[expert]).tolist()
+    blocks, results = Matrices.blocks(rows, pieces), Matrices.blocks(out, pieces)
+    return multiply(blocks, replace(matrices, starts=matrices.starts[expert]), results)

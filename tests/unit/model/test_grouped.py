@@ -56,12 +56,14 @@ def outcome(sizes: list[int]) -> list[torch.Tensor]:
     return [out, *torch.autograd.grad(out, (rows, weight), torch.randn(out.shape, generator=generator))]
 
 
-@pytest.mark.parametrize(("sizes", "used"), [(SIZES, 3), ([0, 0, 200, 1], 0)], ids=["even", "skewed"])
-def test_experts_use_it_unless_one_has_nearly_all_rows(
+@pytest.mark.parametrize(("sizes", "used"), [(SIZES, 3), ([0, 0, 300, 1], 2)], ids=["even", "skewed"])
+def test_experts_use_it_unless_a_gradient_is_nearly_all_one_experts(
     sizes: list[int], used: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr(experts, "multiply", lambda *sides: calls.append(multiply(*sides)) or calls[-1])
+    for name in ("multiply", "multiply_rows"):
+        own = getattr(experts, name)
+        monkeypatch.setattr(experts, name, lambda *sides, own=own: calls.append(own(*sides)) or calls[-1])
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     found, again = outcome(sizes), outcome(sizes)
     assert calls == [True] * 2 * used
