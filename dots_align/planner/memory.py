@@ -17,7 +17,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dots_align.planner.activations import LayerMemory, MicroBatch, dense_layer, head, logits_chunk, moe_layer
+from dots_align.planner.activations import (
+    LayerMemory,
+    MicroBatch,
+    dense_layer,
+    head,
+    kept_logits,
+    logits_chunk,
+    moe_layer,
+)
 from dots_align.planner.shards import Group, Shards
 from dots_align.rollout.kv_cache import block_size
 
@@ -143,9 +151,10 @@ class MemoryModel:
         """The head's gradient is summed in fp32 over the chunks, then cast, then reduced."""
         group, size, batch = self._group("head"), self.work.batch.itemsize, self.work.batch
         chunk = self._logits(1)
+        kept = 0 if self.work.scalar_head else kept_logits(self.config, batch)
         own_chunks = chunk + (chunk * size // 4 if size < 4 else 0) + (chunk if size < 4 and self.work.on_cpu else 0)
         in_fp32 = 4 * group.whole_trained
-        summing = own_chunks + in_fp32
+        summing = own_chunks + kept + in_fp32
         reducing = self._reduction(group)
         return self._moment(
             gathered=self.gathered(group) + self._left_gathered(len(self.layers)),
