@@ -106,9 +106,10 @@ class _ChunkedLogProbs(torch.autograd.Function):
                 if mean is not None and is_top1 is not None:
                     mean[rows] = logits.mean(-1)
                     is_top1[rows] = logits.argmax(-1) == targets[rows]
-                log_sum[rows], *exponentials = _log_sum(logits, None if entropy is None else entropy[rows])
+                log_sum[rows], weights, total = _log_sum(logits, None if entropy is None else entropy[rows])
                 if few and any(ctx.needs_input_grad):
-                    kept = (*exponentials,)
+                    kept = weights, total
+                del weights, total  # as large as a chunk: not beside the next one's
         ctx.save_for_backward(hidden, head, targets, log_sum, *kept)
         ctx.settings = dtype, temperature, chunk_bytes
         ctx.mark_non_differentiable(*(x for x in (entropy, mean, is_top1) if x is not None))
