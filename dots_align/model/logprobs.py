@@ -49,6 +49,11 @@ def chunks(num_tokens: int, vocabulary: int, chunk_bytes: int) -> Iterator[slice
         yield slice(number * num_tokens // count, (number + 1) * num_tokens // count)
 
 
+def are_kept(num_tokens: int, vocabulary: int, chunk_bytes: int) -> bool:
+    """Whether backward has the logits again, all in one chunk, instead of computing them again."""
+    return 0 < 4 * num_tokens * vocabulary <= min(KEPT_BYTES, chunk_bytes)
+
+
 def _chunk_logits(
     hidden: torch.Tensor, weight: torch.Tensor, temperature: float, chunk_bytes: int
 ) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -98,7 +103,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
         entropy = torch.empty_like(picked) if with_entropy else None
         mean = torch.empty_like(picked) if with_metrics else None
         is_top1 = torch.empty_like(targets, dtype=torch.bool) if with_metrics else None
-        few = 0 < 4 * len(targets) * len(head) <= min(KEPT_BYTES, chunk_bytes)  # so there is one chunk
+        keeps = any(ctx.needs_input_grad) and are_kept(len(targets), len(head), chunk_bytes)
         kept: tuple[torch.Tensor | None, ...] = None, None
         with torch.autocast(device, enabled=False):
             for rows, logits in _chunk_logits(hidden, head.to(dtype), temperature, chunk_bytes):
@@ -107,7 +112,7 @@ class _ChunkedLogProbs(torch.autograd.Function):
                     mean[rows] = logits.mean(-1)
                     is_top1[rows] = logits.argmax(-1) == targets[rows]
                 log_sum[rows], weights, total = _log_sum(logits, None if entropy is None else entropy[rows])
-                if few and any(ctx.needs_input_grad):
+                if keeps:
                     kept = weights, total
                 del weights, total  # as large as a chunk: not beside the next one's
         ctx.save_for_backward(hidden, head, targets, log_sum, *kept)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dots_align.model.logprobs import CHUNK_BYTES, KEPT_BYTES, chunks
+from dots_align.model.logprobs import CHUNK_BYTES, are_kept, chunks
 
 
 @dataclass(frozen=True)
@@ -120,5 +120,5 @@ def logits_chunk(config: Any, batch: MicroBatch) -> int:
 
 def kept_logits(config: Any, batch: MicroBatch) -> int:
     """Those of them that backward does not compute again, and has beside their gradient."""
-    size = 4 * config.vocab_size * batch.scored
-    return size if size <= KEPT_BYTES else 0
+    kept = are_kept(batch.scored, config.vocab_size, CHUNK_BYTES)
+    return 4 * config.vocab_size * batch.scored if kept else 0
