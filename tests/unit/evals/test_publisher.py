@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import ends
 
 from dots_align.checkpoint import check_whole, checkpoints, staged
 from dots_align.config import DataSection, HookSection, SaveSection, SftRecipe, recipe_dict
@@ -112,7 +113,7 @@ def test_hooks_that_fail_in_every_way_are_told_and_cost_nothing(
         assert "SIGKILL" in told["killed"][1]
         assert "hang" not in told_at_once, "training waited for a hook beside it"
         assert "ZeroDivisionError: oh no" in (run_dir / "hooks" / "boom-1.log").read_text()
-        assert _ends(_child_of_hang(run_dir, hooks, final, log)), "what the hook started outlived it"
+        assert ends(_child_of_hang(run_dir, hooks, final, log)), "what the hook started outlived it"
     else:
         os.kill(int((run_dir / "child.pid").read_text()), signal.SIGKILL)  # nobody else does
     assert "on_save hook boom failed on checkpoint-1: ZeroDivisionError: oh no" in caplog.text
@@ -137,21 +138,6 @@ def _child_of_hang(run_dir: Path, hooks: str, final: Path, log: MetricsLog) -> i
         again.after_publish(final, log)
         again.finish(log)
     return int(pid.read_text())
-
-
-def _ends(pid: int) -> bool:
-    """It has been killed, which takes effect when it is its turn."""
-    until = time.monotonic() + 300
-    while (runs := _runs(pid)) and time.monotonic() < until:
-        time.sleep(0.01)
-    return not runs
-
-
-def _runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_hook_that_nothing_can_be_started_for_is_told_and_nobody_waits_for_it(

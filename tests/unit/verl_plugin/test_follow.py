@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from processes import ends, is_alive
 
 from dots_align.checkpoint import newest_whole, staged
 from dots_align.config import GrpoRecipe, HookSection
@@ -90,9 +91,9 @@ def test_the_trainer_ends_with_its_launcher_even_if_that_is_killed(tmp_path: Pat
     os.waitpid(launcher, 0)
     trainer = int(told.read_text())
     try:
-        _wait_for(lambda: not _runs(trainer))
+        assert ends(trainer)
     finally:
-        if _runs(trainer):
+        if is_alive(trainer):
             os.kill(trainer, signal.SIGKILL)
 
 
@@ -101,10 +102,3 @@ def _wait_for(condition: Any) -> None:
     while not condition():
         assert time.monotonic() < until
         time.sleep(0.01)
-
-
-def _runs(process: int) -> bool:
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
